@@ -1,0 +1,57 @@
+# `make demo` and `make test` need Python >= 3.10, a C++ compiler and make; everything else they install into .venv.
+
+PYTHON ?= python3
+# The version that is tested; tutelx runs with any torch from 2.10 on: make TORCH=torch==2.11.0
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+export PYTHONUNBUFFERED := 1
+
+.PHONY: install demo test test-all lint format clean
+install: $(VENV)/.built
+
+demo: install
+	$(BIN)/tutelx demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+clean:
+	rm -rf $(VENV) build *.egg-info tutelx/_C*.so
+
+# Each step leaves a stamp, so that a second `make` does nothing twice.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "tutelx needs Python >= 3.10, $(PYTHON) is %d.%d; try make PYTHON=..." % v[:2])'
+	$(PYTHON) -m venv $(VENV) || $(PYTHON) -m virtualenv $(VENV)
+	$(PIP) install --upgrade pip "setuptools>=77" wheel ninja numpy pybind11
+	$(PIP) install "$(TORCH)"
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
+	@echo "compiling the C++ extension (about a minute on two cores)"
+	$(PIP) install --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.built
+	$(PIP) install -e '.[test]' --no-build-isolation --no-deps
+	$(PIP) install "pytest>=8" "hypothesis>=6"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch
+	$(PIP) install ruff==0.14.5 mypy==1.18.2 clang-format==21.1.5 "pre-commit>=4"
+	@touch $@

@@ -1,0 +1,110 @@
+// decode: y[t] = sum_k weights[t,k] * rows[dest[t,k]]. decode_backward: grad_rows and grad_weights in one read.
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "check.h"
+#include "gather_sum.h"
+#include "parallel.h"
+#include "scalar.h"
+
+namespace tutelx {
+namespace {
+
+void check_weights(const at::Tensor& weights, const at::Tensor& rows, const at::Tensor& dest) {
+  TORCH_CHECK_VALUE(weights.sizes() == dest.sizes(), "weights has shape ", weights.sizes(), ", the map has ",
+                    dest.sizes());
+  TORCH_CHECK_TYPE(weights.scalar_type() == rows.scalar_type() || weights.scalar_type() == at::kFloat, "weights is ",
+                   weights.scalar_type(), ", expected ", rows.scalar_type(), " (as rows) or float32");
+}
+
+at::Tensor decode(const at::Tensor& rows, const at::Tensor& dest, const at::Tensor& source, const at::Tensor& weights) {
+  check_dim(rows, "rows", 2);
+  check_size(rows, "rows", 0, source.size(0), "the map's rows");
+  check_weights(weights, rows, dest);
+  return gather_sum(rows, dest, weights);
+}
+
+// One row: out = weight * grad, and the dot product of grad with the row. Many partial sums keep the vector
+// units busy and fix the order of the additions.
+template <class T>
+TUTELX_INLINE wide_t<T> scale_and_dot(const T* __restrict grad, const T* __restrict row, wide_t<T> weight,
+                                      T* __restrict out, int64_t D) {
+  constexpr int64_t N = 64;
+  wide_t<T> part[N] = {};
+  int64_t d = 0;
+  for (; d + N <= D; d += N)
+    for (int64_t i = 0; i < N; ++i) {
+      const wide_t<T> g = load(grad[d + i]);
+      part[i] += g * load(row[d + i]);
+      out[d + i] = store<T>(weight * g);
+    }
+  for (int64_t i = 0; d < D; ++d, ++i) {
+    const wide_t<T> g = load(grad[d]);
+    part[i] += g * load(row[d]);
+    out[d] = store<T>(weight * g);
+  }
+  for (int64_t half = N / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+}
+
+#define TUTELX_SCALE_AND_DOT(T)                                                                                \
+  TUTELX_SIMD wide_t<T> scale_and_dot_simd(const T* grad, const T* row, wide_t<T> weight, T* out, int64_t D) { \
+    return scale_and_dot<T>(grad, row, weight, out, D);                                                        \
+  }
+TUTELX_SCALE_AND_DOT(float)
+TUTELX_SCALE_AND_DOT(double)
+TUTELX_SCALE_AND_DOT(c10::BFloat16)
+TUTELX_SCALE_AND_DOT(c10::Half)
+#undef TUTELX_SCALE_AND_DOT
+
+std::tuple<at::Tensor, at::Tensor> decode_backward(const at::Tensor& grad_y, const at::Tensor& rows,
+                                                   const at::Tensor& dest, const at::Tensor& source,
+                                                   const at::Tensor& weights) {
+  check_dim(grad_y, "grad_y", 2);
+  check_dim(rows, "rows", 2);
+  check_size(grad_y, "grad_y", 0, dest.size(0), "the map's tokens");
+  check_size(grad_y, "grad_y", 1, rows.size(1), "rows.size(1)");
+  check_size(rows, "rows", 0, source.size(0), "the map's rows");
+  check_dtype(grad_y, "grad_y", rows.scalar_type());
+  check_weights(weights, rows, dest);
+  const int64_t R = rows.size(0), D = rows.size(1), K = dest.size(1), slots = dest.numel();
+  const at::Tensor dy = grad_y.contiguous(), in = rows.contiguous(), from = source.contiguous(), to = dest.contiguous();
+  const at::Tensor grad_rows = at::empty_like(in);
+  at::Tensor grad_weights;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, rows.scalar_type(), "decode_backward", [&] {
+    using wide = wide_t<scalar_t>;
+    const at::Tensor w = weights.to(c10::CppTypeToScalarType<wide>::value).contiguous();
+    const at::Tensor dw = at::empty_like(w);
+    const scalar_t *dy_ptr = dy.const_data_ptr<scalar_t>(), *in_ptr = in.const_data_ptr<scalar_t>();
+    scalar_t* out_ptr = grad_rows.mutable_data_ptr<scalar_t>();
+    const wide* w_ptr = w.const_data_ptr<wide>();
+    wide* dw_ptr = dw.mutable_data_ptr<wide>();
+    const int32_t *from_ptr = from.const_data_ptr<int32_t>(), *to_ptr = to.const_data_ptr<int32_t>();
+    for (int64_t slot = 0; slot < slots; ++slot)
+      if (to_ptr[slot] < 0) dw_ptr[slot] = 0;
+    parallel_ranges(R, rows_per_task(D * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int32_t slot = from_ptr[r];
+        TORCH_CHECK_VALUE(slot < slots, "source[", r, "]=", slot, " is outside the map's ", slots, " slots");
+        if (slot < 0)
+          std::fill_n(out_ptr + r * D, D, store<scalar_t>(0));
+        else
+          dw_ptr[slot] = scale_and_dot_simd(dy_ptr + slot / K * D, in_ptr + r * D, w_ptr[slot], out_ptr + r * D, D);
+      }
+    });
+    grad_weights = dw.to(weights.scalar_type());
+  });
+  return {grad_rows, grad_weights};
+}
+
+}  // namespace
+}  // namespace tutelx
+
+TORCH_LIBRARY_IMPL(tutelx, CPU, m) {
+  m.impl("decode", &tutelx::decode);
+  m.impl("decode_backward", &tutelx::decode_backward);
+}

@@ -1,0 +1,344 @@
+// expert_ffn: down(act(gate(x)) * up(x)) or down(act(up(x))) for every expert, over the rows that arrived.
+// A product is cut into tiles (expert, block of rows, block of columns); each tile is one GEMM on one thread, and
+// threads take tiles as they come free. So cost follows the rows, however unevenly experts are loaded, and since the
+// cut depends on the shapes alone, so do the bits of the result.
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "activation.h"
+#include "check.h"
+#include "expert_weights.h"
+#include "gemm.h"
+#include "parallel.h"
+
+namespace tutelx {
+namespace {
+
+// The most rows and columns of one GEMM.
+struct TileSize {
+  int64_t rows, columns;
+
+  TileSize(int64_t rows, int64_t columns) : rows(rows), columns(columns) {
+    TORCH_CHECK_VALUE(rows > 0 && columns > 0, "tile_rows=", rows, " and tile_columns=", columns,
+                      " must be at least 1");
+  }
+};
+
+struct Span {
+  int64_t begin, size;
+};
+
+// Which rows belong to which expert.
+struct Segments {
+  std::vector<Span> of;  // one an expert
+  int64_t rows;          // R
+
+  Segments(const at::Tensor& counts, const at::Tensor& offsets, int64_t R) : rows(R) {
+    check_dim(counts, "counts", 1);
+    check_dtype(counts, "counts", at::kInt);
+    check_dtype(offsets, "offsets", at::kInt);
+    const int64_t E = counts.size(0);
+    check_size(offsets, "offsets", 0, E + 1, "E+1");
+    const at::Tensor c = counts.contiguous(), o = offsets.contiguous();
+    const int32_t *count = c.const_data_ptr<int32_t>(), *offset = o.const_data_ptr<int32_t>();
+    int64_t end = 0;
+    for (int64_t e = 0; e < E; ++e) {
+      const int64_t begin = offset[e], size = std::min<int64_t>(count[e], offset[e + 1] - begin);
+      TORCH_CHECK_VALUE(begin >= end && size >= 0 && begin + size <= R, "expert ", e, " owns rows [", begin, ", ",
+                        begin + size, "), which do not lie in order within [0, ", R, ")");
+      end = begin + size;
+      of.push_back({begin, size});
+    }
+  }
+  int64_t experts() const { return static_cast<int64_t>(of.size()); }
+  std::vector<int64_t> sizes() const {
+    std::vector<int64_t> out;
+    for (const Span& s : of) out.push_back(s.size);
+    return out;
+  }
+};
+
+struct Tile {
+  int64_t expert, row, rows, col, cols;
+};
+
+std::vector<Tile> cut(const Segments& segments, int64_t columns, TileSize size) {
+  std::vector<Tile> tiles;
+  for (int64_t e = 0; e < segments.experts(); ++e) {
+    const Span span = segments.of[e];
+    for (int64_t col = 0; col < columns; col += size.columns)
+      for (int64_t row = 0; row < span.size; row += size.rows)
+        tiles.push_back(
+            {e, span.begin + row, std::min(size.rows, span.size - row), col, std::min(size.columns, columns - col)});
+  }
+  return tiles;
+}
+
+// Rows that no expert owns (holes of the padded layout, the tail of the ragged one) read as zeros.
+void zero_other_rows(const at::Tensor& t, const Segments& segments) {
+  char* data = static_cast<char*>(t.data_ptr());
+  const int64_t row_bytes = t.size(1) * t.element_size();
+  int64_t end = 0;
+  for (const Span& span : segments.of) {
+    std::memset(data + end * row_bytes, 0, (span.begin - end) * row_bytes);
+    end = span.begin + span.size;
+  }
+  std::memset(data + end * row_bytes, 0, (segments.rows - end) * row_bytes);
+}
+
+template <class T>
+void add_bias(const Matrix& out, const T* bias) {
+  if (!bias) return;
+  for (int64_t r = 0; r < out.rows; ++r) {
+    T* row = reinterpret_cast<T*>(out.data) + r * out.row_stride;
+    for (int64_t c = 0; c < out.cols; ++c) row[c] = store<T>(load(row[c]) + load(bias[c]));
+  }
+}
+
+template <class T>
+void sum_rows(const Matrix& in, T* out) {
+  std::vector<wide_t<T>> sum(in.cols, 0);
+  for (int64_t r = 0; r < in.rows; ++r) {
+    const T* row = reinterpret_cast<const T*>(in.data) + r * in.row_stride;
+    for (int64_t c = 0; c < in.cols; ++c) sum[c] += load(row[c]);
+  }
+  for (int64_t c = 0; c < in.cols; ++c) out[c] = store<T>(sum[c]);
+}
+
+struct Weights {
+  ExpertParameter gate, up, down, gate_bias, up_bias, down_bias;
+  int64_t model_dim, hidden_dim;
+
+  Weights(at::TensorList g, at::TensorList u, at::TensorList d, at::TensorList gb, at::TensorList ub, at::TensorList db,
+          const at::Tensor& rows, int64_t E)
+      : gate(g, 2, "gate", E),
+        up(u, 2, "up", E),
+        down(d, 2, "down", E),
+        gate_bias(gb, 1, "gate_bias", E),
+        up_bias(ub, 1, "up_bias", E),
+        down_bias(db, 1, "down_bias", E) {
+    TORCH_CHECK_VALUE(up && down, "expert_ffn needs up and down weights; up is ", up ? "given" : "empty", ", down is ",
+                      down ? "given" : "empty");
+    model_dim = rows.size(1);
+    hidden_dim = up.size(0);
+    check(up, "up", {hidden_dim, model_dim}, rows);
+    check(down, "down", {model_dim, hidden_dim}, rows);
+    check(gate, "gate", {hidden_dim, model_dim}, rows);
+    check(gate_bias, "gate_bias", {hidden_dim}, rows);
+    check(up_bias, "up_bias", {hidden_dim}, rows);
+    check(down_bias, "down_bias", {model_dim}, rows);
+    gate_bias = gate_bias.contiguous_vectors();
+    up_bias = up_bias.contiguous_vectors();
+    down_bias = down_bias.contiguous_vectors();
+  }
+
+ private:
+  static void check(const ExpertParameter& p, const char* name, std::vector<int64_t> shape, const at::Tensor& rows) {
+    if (!p) return;
+    for (size_t d = 0; d < shape.size(); ++d)
+      TORCH_CHECK_VALUE(p.size(d) == shape[d], name, " has size ", p.size(d), " in dimension ", d, ", expected ",
+                        shape[d]);
+    TORCH_CHECK_TYPE(p.dtype() == rows.scalar_type(), name, " is ", p.dtype(), ", rows are ", rows.scalar_type());
+  }
+};
+
+using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+template <class T>
+Forward forward(const at::Tensor& rows, const Segments& segments, const Weights& w, Act act, TileSize size, bool keep) {
+  const int64_t R = rows.size(0), M = w.model_dim, H = w.hidden_dim;
+  const at::Tensor out = at::empty({R, M}, rows.options()), hidden = at::empty({R, H}, rows.options());
+  const at::Tensor nothing = at::empty({0}, rows.options());
+  const at::Tensor gate_pre = keep && w.gate ? at::empty_like(hidden) : nothing;
+  const at::Tensor up_pre = keep ? at::empty_like(hidden) : nothing;
+  const Matrix x = matrix_of(rows), y = matrix_of(out), a = matrix_of(hidden);
+
+  const std::vector<Tile> inner = cut(segments, H, size);
+  parallel_items(inner.size(), [&](int64_t i) {
+    const Tile t = inner[i];
+    // Where the pre-activations go: kept for the backward, or forgotten with the tile.
+    std::vector<T> scratch(keep ? 0 : t.rows * t.cols * (w.gate ? 2 : 1));
+    const auto place = [&](const at::Tensor& kept, int64_t nth) -> Matrix {
+      if (keep) return matrix_of(kept).block(t.row, t.rows, t.col, t.cols);
+      return {reinterpret_cast<char*>(scratch.data() + nth * t.rows * t.cols), t.rows, t.cols, t.cols, 1, x.dtype};
+    };
+    const auto project = [&](const ExpertParameter& weight, const ExpertParameter& bias, const Matrix& to) {
+      multiply(x.block(t.row, t.rows, 0, M), weight.matrix(t.expert).block(t.col, t.cols, 0, M).transposed(), to);
+      add_bias<T>(to, bias ? bias.vector<T>(t.expert) + t.col : nullptr);
+    };
+    const Matrix u = place(up_pre, 0);
+    project(w.up, w.up_bias, u);
+    const Matrix g = w.gate ? place(gate_pre, 1) : u;
+    if (w.gate) project(w.gate, w.gate_bias, g);
+    for (int64_t r = 0; r < t.rows; ++r)
+      activate<T>(act, reinterpret_cast<T*>(g.data) + r * g.row_stride,
+                  w.gate ? reinterpret_cast<T*>(u.data) + r * u.row_stride : nullptr,
+                  hidden.mutable_data_ptr<T>() + (t.row + r) * H + t.col, t.cols);
+  });
+
+  const std::vector<Tile> outer = cut(segments, M, size);
+  parallel_items(outer.size(), [&](int64_t i) {
+    const Tile t = outer[i];
+    const Matrix to = y.block(t.row, t.rows, t.col, t.cols);
+    multiply(a.block(t.row, t.rows, 0, H), w.down.matrix(t.expert).block(t.col, t.cols, 0, H).transposed(), to);
+    add_bias<T>(to, w.down_bias ? w.down_bias.vector<T>(t.expert) + t.col : nullptr);
+  });
+  zero_other_rows(out, segments);
+  return {out, gate_pre, up_pre};
+}
+
+Forward expert_ffn(const at::Tensor& rows, const at::Tensor& counts, const at::Tensor& offsets, at::TensorList gate,
+                   at::TensorList up, at::TensorList down, at::TensorList gate_bias, at::TensorList up_bias,
+                   at::TensorList down_bias, c10::string_view activation, int64_t tile_rows, int64_t tile_columns,
+                   bool keep, bool /*zero_unused*/) {
+  check_dim(rows, "rows", 2);
+  const at::Tensor x = rows.contiguous();
+  const Segments segments(counts, offsets, x.size(0));
+  const Weights weights(gate, up, down, gate_bias, up_bias, down_bias, x, segments.experts());
+  const Act act = parse_activation(activation);
+  const TileSize size(tile_rows, tile_columns);
+  Forward result;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "expert_ffn",
+                                  [&] { result = forward<scalar_t>(x, segments, weights, act, size, keep); });
+  return result;
+}
+
+using Gradients = std::vector<at::Tensor>;
+using Backward = std::tuple<at::Tensor, Gradients, Gradients, Gradients, Gradients, Gradients, Gradients>;
+
+// One kind of weight and what its gradient is the product of: grad[e] = left[rows of e]^T @ right[rows of e].
+struct WeightGradient {
+  const at::Tensor* left;
+  const at::Tensor* right;
+  Gradients weight, bias;
+};
+
+template <class T>
+Backward backward(const at::Tensor& grad_out, const at::Tensor& rows, const Segments& segments, const Weights& w,
+                  const at::Tensor& gate_pre, const at::Tensor& up_pre, Act act, TileSize size, bool need_rows,
+                  bool need_weights, bool zero_unused) {
+  const int64_t R = rows.size(0), M = w.model_dim, H = w.hidden_dim, E = segments.experts();
+  const at::Tensor grad_up = at::empty({R, H}, rows.options());
+  const at::Tensor grad_gate = w.gate ? at::empty_like(grad_up) : at::Tensor();
+  const at::Tensor hidden = need_weights ? at::empty_like(grad_up) : at::Tensor();
+  const Matrix dy = matrix_of(grad_out);
+
+  // Through down and the activation.
+  const std::vector<Tile> inner = cut(segments, H, size);
+  parallel_items(inner.size(), [&](int64_t i) {
+    const Tile t = inner[i];
+    std::vector<T> scratch(t.rows * t.cols);
+    const Matrix da{reinterpret_cast<char*>(scratch.data()), t.rows, t.cols, t.cols, 1, dy.dtype};
+    multiply(dy.block(t.row, t.rows, 0, M), w.down.matrix(t.expert).block(0, M, t.col, t.cols), da);
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const int64_t at = (t.row + r) * H + t.col;
+      const T* u = up_pre.const_data_ptr<T>() + at;
+      T* du = grad_up.mutable_data_ptr<T>() + at;
+      T* a = need_weights ? hidden.mutable_data_ptr<T>() + at : nullptr;
+      const T* da_row = scratch.data() + r * t.cols;
+      if (w.gate)
+        activate_backward<T>(act, da_row, gate_pre.const_data_ptr<T>() + at, u, grad_gate.mutable_data_ptr<T>() + at,
+                             du, a, t.cols);
+      else
+        activate_backward<T>(act, da_row, u, nullptr, du, nullptr, a, t.cols);
+    }
+  });
+
+  // Then grad_rows and all weight gradients at once: none of them needs another.
+  const at::Tensor grad_rows = need_rows ? at::empty_like(rows) : at::empty({0}, rows.options());
+  const std::vector<Tile> row_tiles = need_rows ? cut(segments, M, size) : std::vector<Tile>();
+  const auto to_rows = [&](const Tile& t) {
+    const Matrix to = matrix_of(grad_rows).block(t.row, t.rows, t.col, t.cols);
+    multiply(matrix_of(grad_up).block(t.row, t.rows, 0, H), w.up.matrix(t.expert).block(0, H, t.col, t.cols), to);
+    if (w.gate)
+      multiply(matrix_of(grad_gate).block(t.row, t.rows, 0, H), w.gate.matrix(t.expert).block(0, H, t.col, t.cols), to,
+               true);
+  };
+
+  std::vector<WeightGradient> wanted;
+  struct WeightTile {
+    int64_t which, expert, row, rows;
+  };
+  std::vector<WeightTile> weight_tiles;
+  if (need_weights) {
+    const std::vector<int64_t> sizes = segments.sizes();
+    const auto want = [&](const ExpertParameter& weight, const ExpertParameter& bias, const at::Tensor& left,
+                          const at::Tensor& right) {
+      wanted.push_back({&left, &right, weight ? weight.gradients(sizes, zero_unused) : Gradients(),
+                        bias ? bias.gradients(sizes, zero_unused) : Gradients()});
+      if (!weight) return;
+      for (int64_t e = 0; e < E; ++e)
+        for (int64_t row = 0; sizes[e] > 0 && row < weight.size(0); row += size.columns)
+          weight_tiles.push_back(
+              {static_cast<int64_t>(wanted.size()) - 1, e, row, std::min(size.columns, weight.size(0) - row)});
+    };
+    want(w.gate, w.gate_bias, grad_gate, rows);
+    want(w.up, w.up_bias, grad_up, rows);
+    want(w.down, w.down_bias, grad_out, hidden);
+  }
+  const auto to_weight = [&](const WeightTile& t) {
+    WeightGradient& g = wanted[t.which];
+    const Span span = segments.of[t.expert];
+    const Matrix left = matrix_of(*g.left).block(span.begin, span.size, t.row, t.rows);
+    const Matrix right = matrix_of(*g.right).block(span.begin, span.size, 0, g.right->size(1));
+    const at::Tensor& buffer = g.weight.size() == 1 && g.weight[0].dim() == 3 ? g.weight[0] : g.weight[t.expert];
+    const Matrix to = buffer.dim() == 3 ? matrix_of(buffer.select(0, t.expert)) : matrix_of(buffer);
+    multiply(left.transposed(), right, to.block(t.row, t.rows, 0, to.cols));
+    if (g.bias.empty()) return;
+    const bool stacked = g.bias[0].dim() == 2;
+    T* bias = stacked ? g.bias[0].template mutable_data_ptr<T>() + t.expert * g.bias[0].size(1)
+                      : g.bias[t.expert].template mutable_data_ptr<T>();
+    sum_rows<T>(left, bias + t.row);
+  };
+  const int64_t n_rows = row_tiles.size(), n_weights = weight_tiles.size();
+  parallel_items(n_rows + n_weights, [&](int64_t i) {
+    if (i < n_rows)
+      to_rows(row_tiles[i]);
+    else
+      to_weight(weight_tiles[i - n_rows]);
+  });
+  if (need_rows) zero_other_rows(grad_rows, segments);
+  if (!need_weights) return {grad_rows, {}, {}, {}, {}, {}, {}};
+  return {grad_rows,      wanted[0].weight, wanted[1].weight, wanted[2].weight,
+          wanted[0].bias, wanted[1].bias,   wanted[2].bias};
+}
+
+Backward expert_ffn_backward(const at::Tensor& grad_out, const at::Tensor& rows, const at::Tensor& counts,
+                             const at::Tensor& offsets, at::TensorList gate, at::TensorList up, at::TensorList down,
+                             at::TensorList gate_bias, at::TensorList up_bias, at::TensorList down_bias,
+                             const at::Tensor& gate_pre, const at::Tensor& up_pre, c10::string_view activation,
+                             int64_t tile_rows, int64_t tile_columns, bool need_rows, bool need_weights,
+                             bool zero_unused) {
+  check_dim(rows, "rows", 2);
+  TORCH_CHECK_VALUE(grad_out.sizes() == rows.sizes(), "grad_out has shape ", grad_out.sizes(), ", rows have ",
+                    rows.sizes());
+  check_dtype(grad_out, "grad_out", rows.scalar_type());
+  const at::Tensor dy = grad_out.contiguous(), x = rows.contiguous();
+  const Segments segments(counts, offsets, x.size(0));
+  const Weights weights(gate, up, down, gate_bias, up_bias, down_bias, x, segments.experts());
+  const std::vector<int64_t> kept{x.size(0), weights.hidden_dim};
+  TORCH_CHECK_VALUE(up_pre.sizes() == kept, "up_pre has shape ", up_pre.sizes(), ", expected ", kept,
+                    " (was keep set in the forward?)");
+  TORCH_CHECK_VALUE(!weights.gate || gate_pre.sizes() == kept, "gate_pre has shape ", gate_pre.sizes(), ", expected ",
+                    kept);
+  const Act act = parse_activation(activation);
+  const TileSize size(tile_rows, tile_columns);
+  Backward result;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "expert_ffn_backward", [&] {
+    result = backward<scalar_t>(dy, x, segments, weights, gate_pre.contiguous(), up_pre.contiguous(), act, size,
+                                need_rows, need_weights, zero_unused);
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace tutelx
+
+TORCH_LIBRARY_IMPL(tutelx, CPU, m) {
+  m.impl("expert_ffn", &tutelx::expert_ffn);
+  m.impl("expert_ffn_backward", &tutelx::expert_ffn_backward);
+}

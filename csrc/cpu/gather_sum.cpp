@@ -1,0 +1,121 @@
+#include "gather_sum.h"
+
+#include <ATen/Dispatch.h>
+
+#include "check.h"
+#include "parallel.h"
+#include "scalar.h"
+
+namespace tutelx {
+namespace {
+
+constexpr int64_t kAtOnce = 8;  // rows summed in one sweep over the output
+
+// out[d] = (add ? out[d] : 0) + sum_i weight[i] * row[i][d]. One sweep for each count of rows, so that the
+// compiler keeps the sum in a register and the output is written once.
+template <int N, class T>
+TUTELX_INLINE void sum_rows(const T* const* row, const wide_t<T>* weight, T* __restrict out, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) {
+    wide_t<T> sum = weight[0] * load(row[0][d]);
+    for (int i = 1; i < N; ++i) sum += weight[i] * load(row[i][d]);
+    out[d] = store<T>(sum);
+  }
+}
+
+template <class T>
+TUTELX_INLINE void sum_many(const T* const* row, const wide_t<T>* weight, int64_t n, wide_t<T>* __restrict wide,
+                            T* __restrict out, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) wide[d] = weight[0] * load(row[0][d]);
+  for (int64_t i = 1; i < n; ++i)
+    for (int64_t d = 0; d < D; ++d) wide[d] += weight[i] * load(row[i][d]);
+  for (int64_t d = 0; d < D; ++d) out[d] = store<T>(wide[d]);
+}
+
+template <class T>
+TUTELX_INLINE void sum_token(const T* const* row, const wide_t<T>* weight, int64_t n, wide_t<T>* wide, T* out,
+                             int64_t D) {
+  switch (n) {
+    case 0:
+      std::fill_n(out, D, store<T>(0));
+      return;
+    case 1:
+      sum_rows<1>(row, weight, out, D);
+      return;
+    case 2:
+      sum_rows<2>(row, weight, out, D);
+      return;
+    case 3:
+      sum_rows<3>(row, weight, out, D);
+      return;
+    case 4:
+      sum_rows<4>(row, weight, out, D);
+      return;
+    case 5:
+      sum_rows<5>(row, weight, out, D);
+      return;
+    case 6:
+      sum_rows<6>(row, weight, out, D);
+      return;
+    case 7:
+      sum_rows<7>(row, weight, out, D);
+      return;
+    case kAtOnce:
+      sum_rows<kAtOnce>(row, weight, out, D);
+      return;
+    default:
+      sum_many(row, weight, n, wide, out, D);
+  }
+}
+
+// Function multi-versioning does not reach templates, hence one plain function a type.
+#define TUTELX_SUM_TOKEN(T)                                                                                         \
+  TUTELX_SIMD void sum_token_simd(const T* const* row, const wide_t<T>* weight, int64_t n, wide_t<T>* wide, T* out, \
+                                  int64_t D) {                                                                      \
+    sum_token<T>(row, weight, n, wide, out, D);                                                                     \
+  }
+TUTELX_SUM_TOKEN(float)
+TUTELX_SUM_TOKEN(double)
+TUTELX_SUM_TOKEN(c10::BFloat16)
+TUTELX_SUM_TOKEN(c10::Half)
+#undef TUTELX_SUM_TOKEN
+
+template <class T>
+void run(const at::Tensor& rows, const at::Tensor& dest, const std::optional<at::Tensor>& weights, at::Tensor& out) {
+  const int64_t T_ = dest.size(0), K = dest.size(1), R = rows.size(0), D = rows.size(1);
+  const T* in = rows.const_data_ptr<T>();
+  const int32_t* to = dest.const_data_ptr<int32_t>();
+  const wide_t<T>* w = weights ? weights->const_data_ptr<wide_t<T>>() : nullptr;
+  T* y = out.mutable_data_ptr<T>();
+  parallel_ranges(T_, rows_per_task(D * K * sizeof(T)), [&](int64_t begin, int64_t end) {
+    std::vector<const T*> row(K);
+    std::vector<wide_t<T>> weight(K), wide(K > kAtOnce ? D : 0);
+    for (int64_t t = begin; t < end; ++t) {
+      int64_t n = 0;
+      for (int64_t k = 0; k < K; ++k) {
+        const int32_t r = to[t * K + k];
+        TORCH_CHECK_VALUE(r < R, "dest[", t, ",", k, "]=", r, " is outside the ", R, " rows");
+        if (r < 0) continue;
+        row[n] = in + r * D;
+        weight[n++] = w ? w[t * K + k] : wide_t<T>(1);
+      }
+      sum_token_simd(row.data(), weight.data(), n, wide.data(), y + t * D, D);
+    }
+  });
+}
+
+}  // namespace
+
+at::Tensor gather_sum(const at::Tensor& rows, const at::Tensor& dest, const std::optional<at::Tensor>& weights) {
+  check_dim(dest, "dest", 2);
+  check_dtype(dest, "dest", at::kInt);
+  const at::Tensor in = rows.contiguous(), to = dest.contiguous();
+  at::Tensor out = at::empty({dest.size(0), rows.size(1)}, rows.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, rows.scalar_type(), "gather_sum", [&] {
+    std::optional<at::Tensor> wide;
+    if (weights) wide = weights->to(c10::CppTypeToScalarType<wide_t<scalar_t>>::value).contiguous();
+    run<scalar_t>(in, to, wide, out);
+  });
+  return out;
+}
+
+}  // namespace tutelx

@@ -1,0 +1,60 @@
+// How the CPU ops use threads and vector units.
+#pragma once
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+// One binary, compiled for three instruction sets; the loader picks. Needs ELF ifuncs.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define TUTELX_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define TUTELX_SIMD
+#endif
+#define TUTELX_INLINE inline __attribute__((always_inline))
+
+// Weak: present where torch was built with MKL.
+extern "C" int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
+
+namespace tutelx {
+
+// While it lives, MKL products called from this thread run on it alone. Inside a parallel region MKL would still cut a
+// product for all threads, which costs time and makes the bits depend on the number of threads.
+class OneThreadProducts {
+ public:
+  OneThreadProducts() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ~OneThreadProducts() {
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+  }
+  OneThreadProducts(const OneThreadProducts&) = delete;
+  OneThreadProducts& operator=(const OneThreadProducts&) = delete;
+
+ private:
+  int before_;  // 0: follow the global setting
+};
+
+// Calls fn(i) once for every i in [0, n). Items go to whichever thread is free next, so uneven items balance
+// themselves; what an item computes must not depend on the thread, which keeps the result bit-identical.
+template <class Fn>
+void parallel_items(int64_t n, const Fn& fn) {
+  const int64_t threads = std::min<int64_t>(n, at::get_num_threads());
+  if (threads <= 1 || at::in_parallel_region()) {
+    const OneThreadProducts guard;
+    for (int64_t i = 0; i < n; ++i) fn(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const OneThreadProducts guard;
+    for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) fn(i);
+  });
+}
+
+// Splits [0, n) into contiguous ranges of at least `grain` and calls fn(begin, end) for each, in parallel.
+template <class Fn>
+void parallel_ranges(int64_t n, int64_t grain, const Fn& fn) {
+  at::parallel_for(0, n, std::max<int64_t>(1, grain), fn);
+}
+
+}  // namespace tutelx

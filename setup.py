@@ -1,0 +1,49 @@
+"""Builds the extension: the CPU ops always, the CUDA kernels where torch has CUDA and nvcc is there.
+
+TUTELX_CUDA=1 demands the CUDA build, TUTELX_CUDA=0 forbids it. TORCH_CUDA_ARCH_LIST chooses the architectures.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+ROOT = Path(__file__).parent
+DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
+
+def sources(*patterns: str) -> list[str]:
+    """Paths relative to the root, as setuptools wants them, in a fixed order."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def wants_cuda() -> bool:
+    possible = torch.version.cuda is not None and CUDA_HOME is not None
+    wish = os.environ.get("TUTELX_CUDA", "auto")
+    if wish not in ("0", "1", "auto"):
+        raise SystemExit(f"TUTELX_CUDA={wish!r} is none of '0', '1', 'auto'")
+    if wish == "1" and not possible:
+        raise SystemExit(
+            f"TUTELX_CUDA=1, but torch.version.cuda={torch.version.cuda} and CUDA_HOME={CUDA_HOME}: both are needed"
+        )
+    return possible and wish != "0"
+
+
+def extension():
+    cxx = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    if not wants_cuda():
+        return CppExtension("tutelx._C", files, extra_compile_args={"cxx": cxx}, py_limited_api=True)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    return CUDAExtension(
+        "tutelx._C",
+        files + sources("csrc/cuda/*.cpp", "csrc/kernels/*.cu"),
+        include_dirs=[str(ROOT / "csrc" / "kernels")],
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
+        py_limited_api=True,
+    )
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)})

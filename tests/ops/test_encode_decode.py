@@ -1,0 +1,147 @@
+"""encode and decode against row-by-row loops; gradients against autograd through those loops."""
+
+import pytest
+import torch
+
+from tests.cases import DTYPES, ODD_CASES, expert_ids, tensor
+from tests.tolerance import assert_close
+from tutelx import ops
+from tutelx.ops import reference
+
+CAPACITIES = [(None, "ragged"), (3, "padded"), (2, "ragged")]
+
+
+def mapped(case, capacity, layout):
+    return ops.route(expert_ids(case), case.num_experts, capacity, layout=layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ODD_CASES, ids=str)
+@pytest.mark.parametrize(("capacity", "layout"), CAPACITIES)
+def test_encode_is_exact(case, capacity, layout, dtype):
+    map = mapped(case, capacity, layout)
+    x = tensor(case.tokens, case.dim, dtype=dtype, grad=True)
+    rows = ops.encode(x, map)
+    if case.tokens == 0:
+        assert rows.shape == (map.num_rows, case.dim)
+        return
+    assert torch.equal(rows, reference.encode(x, map))
+    grad_rows = tensor(*rows.shape, dtype=dtype, seed=1)
+    (grad_x,) = torch.autograd.grad(rows, x, grad_rows)
+    wide = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(reference.encode(wide, map), wide, grad_rows.double())
+    assert_close(grad_x, expected, what="grad_x")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ODD_CASES, ids=str)
+@pytest.mark.parametrize(("capacity", "layout"), CAPACITIES)
+@pytest.mark.parametrize("wide_weights", [True, False])
+def test_decode(case, capacity, layout, dtype, wide_weights):
+    map = mapped(case, capacity, layout)
+    rows = tensor(map.num_rows, case.dim, dtype=dtype, grad=True)
+    weights = tensor(case.tokens, case.top_k, dtype=torch.float32 if wide_weights else dtype, seed=2, grad=True)
+    y = ops.decode(rows, map, weights)
+    assert y.dtype == dtype
+    if case.tokens == 0:
+        assert y.shape == (0, case.dim)
+        return
+    rows64, weights64 = (v.detach().double().requires_grad_() for v in (rows, weights))
+    expected = reference.decode(rows64, map, weights64)
+    assert_close(y, expected, what="y")
+    grad_y = tensor(*y.shape, dtype=dtype, seed=3)
+    grads = torch.autograd.grad(y, (rows, weights), grad_y)
+    wanted = torch.autograd.grad(expected, (rows64, weights64), grad_y.double())
+    for name, given, want in zip(("grad_rows", "grad_weights"), grads, wanted):
+        assert_close(given, want, what=name)
+    assert torch.equal(grads[1][map.dest < 0], torch.zeros_like(grads[1][map.dest < 0])), "dropped slots"
+    assert torch.equal(grads[0][map.source < 0], torch.zeros_like(grads[0][map.source < 0])), "empty rows"
+
+
+def test_encode_decode_round_trip():
+    # Weights that sum to one over equal rows give x back.
+    case = ODD_CASES[2]
+    map = ops.route(expert_ids(case), case.num_experts)
+    x = tensor(case.tokens, case.dim, dtype=torch.float64)
+    y = ops.decode(ops.encode(x, map), map, torch.full((case.tokens, case.top_k), 1 / case.top_k, dtype=torch.float64))
+    assert_close(y, x)
+
+
+def test_strides_and_repetition():
+    case = ODD_CASES[4]
+    map = mapped(case, None, "ragged")
+    x = tensor(case.dim, case.tokens).T
+    rows = ops.encode(x, map)
+    assert torch.equal(rows, ops.encode(x.contiguous(), map))
+    weights = tensor(case.top_k, case.tokens).T
+    first = ops.decode(rows, map, weights)
+    assert torch.equal(first, ops.decode(rows.T.contiguous().T, map, weights.contiguous()))
+    assert all(torch.equal(first, ops.decode(rows, map, weights)) for _ in range(5)), "not deterministic"
+
+
+def test_gradcheck():
+    case = ODD_CASES[3]
+    map = ops.route(expert_ids(case), case.num_experts, 2)
+    x = tensor(case.tokens, 4, dtype=torch.float64, grad=True)
+    weights = tensor(case.tokens, case.top_k, dtype=torch.float64, seed=1, grad=True)
+    assert torch.autograd.gradcheck(lambda x: ops.encode(x, map), x)
+    assert torch.autograd.gradgradcheck(lambda x: ops.encode(x, map), x)
+    rows = ops.encode(x, map).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda r, w: ops.decode(r, map, w), (rows, weights))
+
+
+def test_double_backward_refuses():
+    case = ODD_CASES[3]
+    map = mapped(case, None, "ragged")
+    rows = tensor(map.num_rows, 4, grad=True)
+    weights = tensor(case.tokens, case.top_k, grad=True)
+    (grad,) = torch.autograd.grad(ops.decode(rows, map, weights).square().sum(), rows, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        grad.sum().backward()
+
+
+def test_opcheck():
+    case = ODD_CASES[3]
+    map = mapped(case, 2, "padded")
+    x = tensor(case.tokens, 4, dtype=torch.float64, grad=True)
+    rows = tensor(map.num_rows, 4, dtype=torch.float64, grad=True)
+    weights = tensor(case.tokens, case.top_k, dtype=torch.float64, grad=True)
+    torch.library.opcheck(torch.ops.tutelx.encode.default, (x, map.source, map.dest))
+    torch.library.opcheck(torch.ops.tutelx.decode.default, (rows, map.dest, map.source, weights))
+    torch.library.opcheck(torch.ops.tutelx.route.default, (expert_ids(case), case.num_experts, 2, True, None))
+
+
+def test_bad_input():
+    case = ODD_CASES[3]
+    map = mapped(case, None, "ragged")
+    x, weights = tensor(case.tokens, 4), tensor(case.tokens, case.top_k)
+    rows = ops.encode(x, map)
+    with pytest.raises(TypeError, match=r"x is torch.int64, expected one of torch.float32"):
+        ops.encode(x.long(), map)
+    with pytest.raises(ValueError, match=r"x.shape\[0\]=36 differs from the map's tokens=37"):
+        ops.encode(x[1:], map)
+    with pytest.raises(ValueError, match="x has 1 dimensions"):
+        ops.encode(x[0], map)
+    with pytest.raises(ValueError, match=r"rows.shape\[0\]=73 differs from the map's rows=74"):
+        ops.decode(rows[1:], map, weights)
+    with pytest.raises(ValueError, match=r"weights.shape=\(37, 1\) differs from the map's \[T, K\]=\(37, 2\)"):
+        ops.decode(rows, map, weights[:, :1])
+    with pytest.raises(TypeError, match=r"weights is torch.float64, expected torch.float32 or torch.float32 as rows"):
+        ops.decode(rows, map, weights.double())
+    with pytest.raises(TypeError, match="x is list"):
+        ops.encode([1], map)
+
+
+def test_a_foreign_map_is_refused():
+    # The kernels read where the map points: a map that does not belong must not read past the end.
+    case = ODD_CASES[3]
+    map = mapped(case, None, "ragged")
+    rows = tensor(map.num_rows, 4)
+    dest = map.dest.clone()
+    dest[0, 0] = 10_000
+    with pytest.raises(ValueError, match=r"dest\[0,0\]=10000 is outside the 74 rows"):
+        torch.ops.tutelx.decode(rows, dest, map.source, tensor(case.tokens, case.top_k))
+    source = map.source.clone()
+    source[3] = 10_000
+    with pytest.raises(ValueError, match=r"source\[3\]=10000"):
+        torch.ops.tutelx.encode(tensor(case.tokens, 4), source, map.dest)

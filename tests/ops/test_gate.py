@@ -1,0 +1,120 @@
+"""gate against torch's own softmax, stable sort and autograd."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.cases import DTYPES, tensor
+from tests.tolerance import assert_close
+from tutelx import ops
+from tutelx.ops import reference
+
+SHAPES = [(1, 1, 1), (7, 3, 3), (33, 17, 2), (300, 64, 2), (5, 130, 40), (3, 1024, 8)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), SHAPES)
+def test_matches_torch(tokens, experts, top_k, score, normalize, dtype):
+    logits = tensor(tokens, experts, dtype=dtype, grad=True)
+    wide = logits.detach().double().requires_grad_()
+    given = ops.gate(logits, top_k, score=score, normalize=normalize)
+    expected = reference.gate(wide, top_k, score=score, normalize=normalize)
+    assert torch.equal(given.expert_ids, expected[0])
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, a, b in zip(("weights", "score_sum", "logsumexp"), given[1:], expected[1:]):
+        assert a.dtype == kind
+        assert_close(a, b, what=name)
+    grads = [tensor(*v.shape, dtype=kind, seed=i) for i, v in enumerate(given[1:])]
+    (grad,) = torch.autograd.grad(given[1:], logits, grads)
+    (want,) = torch.autograd.grad(expected[1:], wide, [g.double() for g in grads])
+    assert_close(grad, want, what="grad_logits")
+
+
+def test_worked_by_hand():
+    # softmax of (0, ln 2, ln 5) is (1/8, 2/8, 5/8); the best two renormalised are 5/7 and 2/7.
+    logits = torch.tensor([[0.0, math.log(2), math.log(5)]], dtype=torch.float64)
+    ids, weights, score_sum, logsumexp = ops.gate(logits, 2)
+    assert ids.tolist() == [[2, 1]]
+    assert weights[0].tolist() == pytest.approx([5 / 7, 2 / 7], abs=1e-12)
+    assert score_sum.tolist() == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=1e-12)
+    assert logsumexp.tolist() == pytest.approx([math.log(8)], abs=1e-12)
+
+
+@given(values=st.lists(st.integers(-2, 2), min_size=1, max_size=40), data=st.data())
+def test_ties_go_to_the_lower_index(values, data):
+    top_k = data.draw(st.integers(1, len(values)))
+    logits = torch.tensor([values], dtype=torch.float32)
+    wanted = sorted(range(len(values)), key=lambda e: (-values[e], e))[:top_k]
+    assert ops.gate(logits, top_k).expert_ids[0].tolist() == wanted
+
+
+@given(shift=st.floats(-50, 50))
+def test_softmax_weights_ignore_a_shift(shift):
+    logits = tensor(4, 9, dtype=torch.float64)
+    assert_close(ops.gate(logits + shift, 3).weights, ops.gate(logits, 3).weights)
+
+
+def test_far_logits():
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e30, -2e30, -float("inf")]])
+    given = ops.gate(logits, 3)
+    assert given.expert_ids.tolist() == [[0, 2, 1], [0, 1, 2]]
+    assert given.weights.tolist() == [[1, 0, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_cannot_be_compared_is_named(value):
+    logits = tensor(300, 6)
+    logits[270, 4] = value
+    with pytest.raises(ValueError, match=rf"logits\[270,4\]={value}"):
+        ops.gate(logits, 2)
+
+
+def test_bad_input():
+    logits = tensor(3, 8)
+    with pytest.raises(ValueError, match=r"logits\[0\] has no finite entry among its 8 experts"):
+        ops.gate(torch.full((1, 8), -math.inf), 2)
+    with pytest.raises(ValueError, match="top_k=9 exceeds num_experts=8"):
+        ops.gate(logits, 9)
+    with pytest.raises(ValueError, match="top_k=0 must be at least 1"):
+        ops.gate(logits, 0)
+    with pytest.raises(ValueError, match="num_experts"):
+        ops.gate(logits[:, :0], 1)
+    with pytest.raises(TypeError, match=r"logits is torch.int64"):
+        ops.gate(logits.long(), 1)
+    with pytest.raises(ValueError, match="score='tanh'"):
+        ops.gate(logits, 1, score="tanh")
+
+
+def test_empty_batch():
+    logits = tensor(0, 4, grad=True)
+    given = ops.gate(logits, 2)
+    assert given.weights.shape == (0, 2)
+    given.weights.sum().backward()
+    assert logits.grad.shape == (0, 4)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradcheck_and_opcheck(score, normalize):
+    logits = tensor(5, 6, dtype=torch.float64, grad=True)
+    assert torch.autograd.gradcheck(lambda x: ops.gate(x, 3, score=score, normalize=normalize)[1:], logits)
+    # opcheck's own compile test adds up all outputs and fails on integer ones; the next test compiles instead.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.tutelx.gate.default, (logits, 3, score, normalize), test_utils=checks)
+
+
+def test_traced_gradients():
+    def loss(logits):
+        gated = ops.gate(logits, 2)
+        return (gated.weights[:, 0] + gated.logsumexp).sum() + gated.score_sum.square().sum()
+
+    logits = tensor(6, 5, dtype=torch.float64, grad=True)
+    (expected,) = torch.autograd.grad(loss(logits), logits)
+    traced = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    (given,) = torch.autograd.grad(traced(logits), logits)
+    assert_close(given, expected)

@@ -1,0 +1,66 @@
+"""The rules, on loads worked out by hand."""
+
+import pytest
+
+from tutelx.planner import FixedPlanner, RulePlanner
+from tutelx.types import Plan, Workload
+
+
+def decide(**change):
+    fields = {
+        "tokens": 4096,
+        "top_k": 2,
+        "num_experts": 64,
+        "model_dim": 128,
+        "hidden_dim": 256,
+        "demand": 150,
+        "capacity": None,
+        "dtype": "float32",
+        "device": "cpu",
+        "training": True,
+        "threads": 2,
+    }
+    return RulePlanner().plan(Workload(**{**fields, **change}))
+
+
+def test_balanced_load_keeps_experts_whole():
+    # 8192 rows, 4096 a thread; 150 is under half of that, and 256 is the next power of two.
+    decision = decide()
+    assert decision.plan == Plan(layout="ragged", tile_rows=256, tile_columns=1024)
+    assert decision.source == "rule"
+    assert "balanced: the fullest expert has 150 of 8192 rows" in decision.reason
+
+
+def test_skewed_load_cuts_the_fullest_expert():
+    # 3000 of 8192 is over half a thread's 4096: tiles of a quarter of that.
+    decision = decide(demand=3000)
+    assert decision.plan.tile_rows == 1024
+    assert "skewed" in decision.reason
+    # With 8 threads a share is 1024 rows: 600 is over half, tiles of 256.
+    assert decide(demand=600, threads=8).plan.tile_rows == 256
+
+
+def test_capacity_bounds_the_fullest_expert():
+    assert "balanced: the fullest expert has 128" in decide(demand=8000, capacity=128).reason
+
+
+def test_few_rows_are_cut_by_column():
+    assert decide(tokens=1, demand=1).plan == Plan(layout="ragged", tile_rows=64, tile_columns=256)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 100_000])
+@pytest.mark.parametrize("demand", [0, 1, 7, 100_000])
+def test_every_load_has_a_plan(tokens, demand):
+    plan = decide(tokens=tokens, demand=demand).plan
+    assert 64 <= plan.tile_rows <= 1024
+
+
+def test_padded_only_and_unknown_load():
+    assert decide(layouts=("padded",)).plan.layout == "padded"
+    unknown = decide(demand=None)
+    assert (unknown.plan, unknown.source) == (Plan(), "default")
+
+
+def test_fixed():
+    plan = Plan(layout="padded")
+    assert FixedPlanner(plan).plan(decide().workload).plan is plan

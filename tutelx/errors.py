@@ -1,0 +1,21 @@
+"""Exceptions. Each is also the built-in error that a caller of torch would expect to catch."""
+
+
+class TutelxError(Exception):
+    """Base of all errors that tutelx raises on purpose."""
+
+
+class InvalidValueError(TutelxError, ValueError):
+    """An argument has the right type and a value that cannot be used; the message names both sides."""
+
+
+class InvalidTypeError(TutelxError, TypeError):
+    """An argument has a wrong type or dtype; the message names what was given and what was expected."""
+
+
+class ParityError(TutelxError):
+    """A wrapped layer does not reproduce the numbers of the layer it replaces."""
+
+
+class ExtensionError(TutelxError, ImportError):
+    """The compiled extension is missing or does not load."""

@@ -1,0 +1,7 @@
+"""Expert parameters and their compute: built-in feed-forward experts, and modules that somebody else wrote."""
+
+from tutelx.experts.base import Experts
+from tutelx.experts.custom import BatchedExperts, ListedExperts
+from tutelx.experts.ffn import FeedForwardExperts
+
+__all__ = ["BatchedExperts", "Experts", "FeedForwardExperts", "ListedExperts"]

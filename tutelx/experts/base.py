@@ -1,0 +1,20 @@
+"""What the layer asks of its experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tutelx.types import DispatchMap, ExpertKernel, Layout, Plan
+
+
+class Experts(nn.Module):
+    """E experts. `layouts` and `expert_kernels` say which plans they can run."""
+
+    layouts: tuple[Layout, ...] = ("ragged", "padded")
+    expert_kernels: tuple[ExpertKernel, ...] = ("tiled",)
+    hidden_dim: int = 0
+
+    def forward(self, rows: torch.Tensor, map: DispatchMap, plan: Plan) -> torch.Tensor:
+        """rows [R, M] -> [R, M]."""
+        raise NotImplementedError

@@ -1,0 +1,230 @@
+"""The MoE layer: gate -> plan -> route -> encode -> experts -> decode.
+
+Shapes: T tokens, M model dim, E experts, K choices a token, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import nn
+
+from tutelx import ops
+from tutelx.errors import InvalidTypeError, InvalidValueError
+from tutelx.experts import BatchedExperts, Experts, FeedForwardExperts, ListedExperts
+from tutelx.gates import TopK
+from tutelx.ops.activation import Activation
+from tutelx.planner import RulePlanner
+from tutelx.stats import RoutingStats
+from tutelx.types import Capacity, Decision, DispatchMap, Plan, Planner, Routing, Workload
+
+Gate = Callable[[torch.Tensor, int | None], Routing]
+
+
+class _LastCall:
+    """What the last call left to look at. A copy or a pickle of the layer starts without one."""
+
+    def __init__(self) -> None:
+        self.aux_loss: torch.Tensor | None = None
+        self.decision: Decision | None = None
+        self.stats: RoutingStats | None = None
+
+    def __deepcopy__(self, memo: dict) -> _LastCall:
+        return _LastCall()
+
+    def __reduce__(self) -> tuple:
+        return _LastCall, ()
+
+
+class MoEBase(nn.Module):
+    """Runs one layer call for whoever holds a gate and experts: :class:`MoE` and the wrapped layers."""
+
+    def __init__(self, *, model_dim: int, num_experts: int, capacity: Capacity, planner: Planner | None) -> None:
+        super().__init__()
+        if not isinstance(capacity, Capacity):
+            raise InvalidTypeError(f"capacity is {type(capacity).__name__}, expected tutelx.Capacity")
+        self.model_dim, self.num_experts = model_dim, num_experts
+        self.capacity = capacity
+        self.planner: Planner = planner if planner is not None else RulePlanner()
+        self._last = _LastCall()
+
+    @property
+    def aux_loss(self) -> torch.Tensor:
+        """The last call's auxiliary losses, multiplied by their coefficients and summed; 0 without gradients."""
+        return torch.zeros(()) if self._last.aux_loss is None else self._last.aux_loss
+
+    @property
+    def last_decision(self) -> Decision | None:
+        """The last call's plan, where it came from and why."""
+        return self._last.decision
+
+    @property
+    def stats(self) -> RoutingStats | None:
+        """The last call's load: tokens per expert, dropped slots, needed capacity factor."""
+        return self._last.stats
+
+    def _run(
+        self,
+        x: torch.Tensor,
+        gate: Gate,
+        experts: Experts,
+        *,
+        top_k: int | None = None,
+        capacity: Capacity | None = None,
+        plan: Plan | None = None,
+    ) -> torch.Tensor:
+        x_TM = self._check_input(x).reshape(-1, self.model_dim)
+        routing = gate(x_TM, top_k)
+        if torch.is_autocast_enabled(x.device.type):
+            x_TM = x_TM.to(torch.get_autocast_dtype(x.device.type))
+        setting = self.capacity if capacity is None else capacity
+        map, decision = self._dispatch(x_TM, routing, setting, experts, plan)
+        rows_RM = ops.encode(x_TM, map)
+        rows_RM = experts(rows_RM, map, decision.plan)
+        weights_TK = routing.weights if rows_RM.dtype != torch.float64 else routing.weights.to(rows_RM.dtype)
+        y_TM = ops.decode(rows_RM, map, weights_TK)
+
+        self._last.aux_loss = torch.stack(list(routing.aux_losses.values())).sum() if routing.aux_losses else None
+        self._last.decision = decision
+        self._last.stats = RoutingStats(map)
+        return y_TM.reshape(x.shape)
+
+    def _dispatch(
+        self, x_TM: torch.Tensor, routing: Routing, setting: Capacity, experts: Experts, plan: Plan | None
+    ) -> tuple[DispatchMap, Decision]:
+        """Decides how to run, and routes. Routing comes first: the plan depends on what it finds."""
+        tokens, top_k = routing.expert_ids.shape
+        limit = setting.limit(tokens=tokens, top_k=top_k, num_experts=self.num_experts)
+        layout = experts.layouts[0] if plan is None else plan.layout
+        map = ops.route(routing.expert_ids, self.num_experts, limit, layout=layout)
+        demand = None
+        if plan is None and x_TM.device.type == "cpu" and not torch.compiler.is_compiling():
+            demand = int(map.counts.max())
+        workload = Workload(
+            tokens=tokens,
+            top_k=top_k,
+            num_experts=self.num_experts,
+            model_dim=self.model_dim,
+            hidden_dim=experts.hidden_dim,
+            demand=demand,
+            capacity=limit,
+            dtype=str(x_TM.dtype).removeprefix("torch."),
+            device=x_TM.device.type,
+            training=torch.is_grad_enabled(),
+            threads=torch.get_num_threads(),
+            layouts=experts.layouts,
+            expert_kernels=experts.expert_kernels,
+        )
+        if plan is not None:
+            decision = Decision(plan=plan, source="call", reason="given with the call", workload=workload)
+        else:
+            decision = self.planner.plan(workload)
+        _check_plan(decision.plan, experts)
+        if decision.plan.layout != map.layout:
+            map = ops.route(routing.expert_ids, self.num_experts, limit, layout=decision.plan.layout)
+        return map, decision
+
+    def _check_input(self, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, torch.Tensor):
+            raise InvalidTypeError(f"x is {type(x).__name__}, expected torch.Tensor")
+        if x.dim() == 0 or x.shape[-1] != self.model_dim:
+            raise InvalidValueError(f"x has shape {tuple(x.shape)}, expected [..., model_dim={self.model_dim}]")
+        weights = next(self.parameters()).dtype
+        if x.dtype != weights and not torch.is_autocast_enabled(x.device.type):
+            raise InvalidTypeError(f"x is {x.dtype}, but the layer's weights are {weights}")
+        return x
+
+
+class MoE(MoEBase):
+    """A Mixture-of-Experts layer: y = sum over a token's K experts of weight * expert(x).
+
+    Args:
+        model_dim: M, the size of a token.
+        hidden_dim: H, the experts' hidden size (unused by custom experts).
+        num_experts: E.
+        gate: how tokens choose experts.
+        capacity: how many rows an expert may receive; dropless by default.
+        experts: "gated" (SwiGLU: down(silu(gate(x)) * up(x))), "ffn" (down(gelu(up(x)))), an `nn.ModuleList` of E
+            modules, each called with its rows [n, M], or a module called with padded rows [E, C, M].
+        activation: of the built-in experts: silu, gelu, gelu_tanh or relu; default silu if gated, else gelu.
+        bias: of the built-in experts.
+        planner: chooses the plan of each call.
+
+    Raises:
+        InvalidValueError, InvalidTypeError: sizes below 1, k > num_experts, wrong number of expert modules.
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        *,
+        gate: TopK | None = None,
+        capacity: Capacity | None = None,
+        experts: Literal["gated", "ffn"] | nn.Module = "gated",
+        activation: Activation | None = None,
+        bias: bool = False,
+        planner: Planner | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        for name, value in (("model_dim", model_dim), ("hidden_dim", hidden_dim), ("num_experts", num_experts)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InvalidTypeError(f"{name}={value!r} is {type(value).__name__}, expected int")
+            if value < 1:
+                raise InvalidValueError(f"{name}={value} must be at least 1")
+        capacity = Capacity.dropless() if capacity is None else capacity
+        super().__init__(model_dim=model_dim, num_experts=num_experts, capacity=capacity, planner=planner)
+        self.gate = (gate or TopK()).build(model_dim, num_experts, device=device, dtype=dtype)
+        self.experts: Experts
+        if isinstance(experts, nn.ModuleList):
+            if len(experts) != num_experts:
+                raise InvalidValueError(f"experts holds {len(experts)} modules, num_experts={num_experts}")
+            self.experts = ListedExperts(experts)
+        elif isinstance(experts, Experts):
+            self.experts = experts
+        elif isinstance(experts, nn.Module):
+            self.experts = BatchedExperts(experts)
+        elif experts in ("gated", "ffn"):
+            gated = experts == "gated"
+            self.experts = FeedForwardExperts(
+                model_dim,
+                hidden_dim,
+                num_experts,
+                gated=gated,
+                activation=activation or ("silu" if gated else "gelu"),
+                bias=bias,
+                device=device,
+                dtype=dtype,
+            )
+        else:
+            raise InvalidValueError(f"experts={experts!r} is neither 'gated', 'ffn' nor a module")
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        top_k: int | None = None,
+        capacity: Capacity | None = None,
+        plan: Plan | None = None,
+    ) -> torch.Tensor:
+        """x [..., M] -> [..., M] in x's dtype; top_k, capacity and plan hold for this call only.
+
+        Raises:
+            InvalidValueError: a wrong last dimension, top_k outside [1, E], a plan that the experts cannot run.
+            InvalidTypeError: x is no tensor or has another dtype than the weights.
+            ValueError: a NaN reached the gate.
+        """
+        return self._run(x, self.gate, self.experts, top_k=top_k, capacity=capacity, plan=plan)
+
+
+def _check_plan(plan: Plan, experts: Experts) -> None:
+    if plan.layout not in experts.layouts:
+        raise InvalidValueError(f"plan.layout={plan.layout!r}, but these experts run {experts.layouts}")
+    if plan.expert_kernel not in experts.expert_kernels:
+        raise InvalidValueError(
+            f"plan.expert_kernel={plan.expert_kernel!r}, but these experts run {experts.expert_kernels}"
+        )

@@ -1,0 +1,10 @@
+"""The operators: gate -> route -> encode -> expert_ffn -> decode. One file an op; `reference` holds the slow truth."""
+
+from tutelx.ops.activation import activation
+from tutelx.ops.decode import decode
+from tutelx.ops.encode import encode
+from tutelx.ops.expert_ffn import ExpertWeights, expert_ffn
+from tutelx.ops.gate import Gated, gate
+from tutelx.ops.route import route
+
+__all__ = ["ExpertWeights", "Gated", "activation", "decode", "encode", "expert_ffn", "gate", "route"]

@@ -1,0 +1,144 @@
+"""expert_ffn: every expert's feed-forward network over the rows that arrived."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tutelx.ops._checks import check_floating, check_int, check_same, check_tensor
+from tutelx.ops._library import kernels, once_differentiable
+from tutelx.ops.activation import Activation, check_activation
+from tutelx.types import DispatchMap
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertWeights:
+    """Weights of all experts, read where they lie: any strides, no copy.
+
+    Each entry is a tuple of E matrices [out, in], or of one tensor [E, out, in] (biases: [out] or [E, out]).
+    up: [H, M], down: [M, H]; gate: [H, M] makes the experts gated. Empty where there is none.
+    """
+
+    up: Tensors
+    down: Tensors
+    gate: Tensors = ()
+    gate_bias: Tensors = ()
+    up_bias: Tensors = ()
+    down_bias: Tensors = ()
+
+    def lists(self) -> tuple[Tensors, ...]:
+        """In the order of the operator's schema."""
+        return self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias
+
+    def to(self, dtype: torch.dtype) -> ExpertWeights:
+        """Themselves if they have the dtype already; else, under autocast only, differentiable casts of them."""
+        if self.up[0].dtype == dtype or not torch.is_autocast_enabled(self.up[0].device.type):
+            return self
+        names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+        return ExpertWeights(**{name: tuple(w.to(dtype) for w in ws) for name, ws in zip(names, self.lists())})
+
+
+def expert_ffn(
+    rows: torch.Tensor,
+    map: DispatchMap,
+    weights: ExpertWeights,
+    *,
+    activation: Activation = "silu",
+    tile_rows: int = 512,
+    tile_columns: int = 512,
+    zero_unused: bool = True,
+) -> torch.Tensor:
+    """Gated: down(act(gate(x)) * up(x)); else down(act(up(x))). A row that no slot fills gives zeros.
+
+    Args:
+        rows: [R, M], as :func:`tutelx.ops.encode` gives them.
+        map: from :func:`tutelx.ops.route`.
+        weights: in the dtype of `rows`.
+        activation: silu, gelu (erf), gelu_tanh or relu.
+        tile_rows, tile_columns: the most rows and output columns of one matrix product; threads share the tiles.
+        zero_unused: the gradient of a listed expert that got no rows is zero; False: there is none (`.grad` stays
+            None), as in a loop that skips such experts. Optimizers treat the two differently.
+
+    Returns:
+        [R, M]. Differentiable in `rows` and all weights.
+
+    Raises:
+        ValueError, TypeError: sizes or dtypes that do not fit together; the message names both.
+    """
+    check_tensor(rows, "rows", dim=2)
+    check_floating(rows, "rows")
+    check_activation(activation)
+    check_same(rows.shape[0], "rows.shape[0]", map.num_rows, "the map's rows")
+    check_int(tile_rows, "tile_rows")
+    check_int(tile_columns, "tile_columns")
+    lists = weights.lists()
+    keep = torch.is_grad_enabled() and (rows.requires_grad or any(w.requires_grad for ws in lists for w in ws))
+    out, _, _ = kernels.expert_ffn(
+        rows, map.counts, map.offsets, *lists, activation, tile_rows, tile_columns, keep, zero_unused
+    )
+    return out
+
+
+@torch.library.register_fake("tutelx::expert_ffn")
+def _(rows, counts, offsets, gate, up, *args):
+    keep = args[-2]
+    kept = (rows.shape[0], up[0].shape[-2])
+    return (
+        rows.new_empty(rows.shape),
+        rows.new_empty(kept if keep and gate else (0,)),
+        rows.new_empty(kept if keep else (0,)),
+    )
+
+
+@torch.library.register_fake("tutelx::expert_ffn_backward")
+def _(grad_out, rows, counts, offsets, *args):
+    lists, need_rows, need_weights = args[:6], args[-3], args[-2]
+    grads = [[torch.empty_like(w) for w in ws] if need_weights else [] for ws in lists]
+    return rows.new_empty(rows.shape if need_rows else (0,)), *grads
+
+
+def _setup(ctx, inputs, output):
+    rows, counts, offsets, *lists, ctx.activation, ctx.tile_rows, ctx.tile_columns, _, ctx.zero_unused = inputs
+    _, gate_pre, up_pre = output
+    ctx.lengths = [len(ws) for ws in lists]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(rows, counts, offsets, gate_pre, up_pre, *(w for ws in lists for w in ws))
+
+
+def _backward(ctx, grad_out, _gate_pre, _up_pre):
+    rows, counts, offsets, gate_pre, up_pre, *flat = ctx.saved_tensors
+    remaining = iter(flat)
+    lists = [[next(remaining) for _ in range(n)] for n in ctx.lengths]
+    if grad_out is None:
+        return None, None, None, *([None] * n for n in ctx.lengths), *[None] * 5
+    needs_weights = [list(flags) if isinstance(flags, (list, tuple)) else [] for flags in ctx.needs_input_grad[3:9]]
+    need_weights = any(flag for flags in needs_weights for flag in flags)
+    need_rows = ctx.needs_input_grad[0]
+    zero_unused = ctx.zero_unused or torch.compiler.is_compiling()
+    grad_rows, *grads = kernels.expert_ffn_backward(
+        grad_out,
+        rows,
+        counts,
+        offsets,
+        *lists,
+        gate_pre,
+        up_pre,
+        ctx.activation,
+        ctx.tile_rows,
+        ctx.tile_columns,
+        need_rows,
+        need_weights,
+        zero_unused,
+    )
+    if not need_weights:
+        grads = [[None] * n for n in ctx.lengths]
+    elif not zero_unused:
+        grads = [[g if g.numel() == w.numel() else None for g, w in zip(gs, ws)] for gs, ws in zip(grads, lists)]
+    return grad_rows if need_rows else None, None, None, *grads, *[None] * 5
+
+
+torch.library.register_autograd("tutelx::expert_ffn", _backward, setup_context=_setup)
+once_differentiable("tutelx::expert_ffn_backward")

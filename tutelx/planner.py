@@ -1,0 +1,48 @@
+"""The planner that needs no measurements: a few stated rules over the workload."""
+
+from __future__ import annotations
+
+from tutelx.types import Decision, Layout, Plan, Workload
+
+SMALLEST_ROWS, LARGEST_ROWS = 64, 1024  # a tile below is mostly overhead, one above no longer fits the cache
+NARROW, WIDE = 256, 1024
+
+
+class FixedPlanner:
+    """Always the same plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def plan(self, workload: Workload) -> Decision:
+        return Decision(plan=self._plan, source="fixed", reason="the planner was given this plan", workload=workload)
+
+
+class RulePlanner:
+    """Chooses by rule alone, so that equal inputs run equally.
+
+    Ragged rows, as cost then follows the rows that arrived. The tile is as large as it can be while every thread
+    still finds work: an expert that has more than half a thread's share of the rows is cut into several tiles.
+    """
+
+    def plan(self, workload: Workload) -> Decision:
+        layout: Layout = "ragged" if "ragged" in workload.layouts else workload.layouts[0]
+        if workload.demand is None:
+            return Decision(plan=Plan(layout=layout), source="default", reason="load unknown", workload=workload)
+        fullest = workload.demand if workload.capacity is None else min(workload.demand, workload.capacity)
+        rows = workload.tokens * workload.top_k
+        share = rows / workload.threads
+        if fullest <= share / 2:
+            tile_rows = _power_of_two_from(fullest)
+            reason = f"balanced: the fullest expert has {fullest} of {rows} rows, one tile each"
+        else:
+            tile_rows = _power_of_two_from(int(share / 4))
+            reason = f"skewed: the fullest expert has {fullest} of {rows} rows, cut so that threads share it"
+        tile_rows = min(max(tile_rows, SMALLEST_ROWS), LARGEST_ROWS)
+        few_tiles = rows < 2 * workload.threads * tile_rows
+        plan = Plan(layout=layout, tile_rows=tile_rows, tile_columns=NARROW if few_tiles else WIDE)
+        return Decision(plan=plan, source="rule", reason=reason, workload=workload)
+
+
+def _power_of_two_from(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
