@@ -171,7 +171,7 @@ TUTELX_INLINE void backward_token(const T* logits, bool softmax, W logsumexp, W 
   if (renormalize) {
     total = 0;
     for (int64_t k = 0; k < K; ++k) total += score[ids[k]];
-    for (int64_t k = 0; k < K; ++k) mean += total > 0 ? grad_weights[k] * score[ids[k]] / total : W(0);
+    for (int64_t k = 0; k < K; ++k) mean += total > 0 ? grad_weights[k] * (score[ids[k]] / total) : W(0);
   }
   for (int64_t k = 0; k < K; ++k) chosen[k] = total > 0 ? (grad_weights[k] - mean) / total : W(0);
   for (int64_t k = 0; k < K; ++k) grad[ids[k]] += chosen[k];

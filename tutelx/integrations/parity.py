@@ -1,0 +1,73 @@
+"""Are two layers the same? Relative errors, and the tolerances they are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from tutelx.integrations.sandbox import Values, substituted
+
+# Relative to the largest value of each tensor. In low precision a gradient is a long sum of rounded products.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+GRADIENT_TOLERANCE = {**TOLERANCE, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+# Gradients that cancel to nothing are noise: they count relative to this share of the largest gradient.
+_NOISE_FLOOR = 1e-2
+
+Gradients = Mapping[str, "torch.Tensor | None"]
+
+
+def relative_error(given: torch.Tensor, expected: torch.Tensor, *, floor: float = 0.0) -> float:
+    """max |given - expected| / max(max |expected|, floor); inf for different shapes or where it is not a number."""
+    if given.shape != expected.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    wide = expected.detach().double()
+    difference = float((given.detach().double() - wide).abs().max())
+    scale = max(float(wide.abs().max()), floor)
+    if difference == 0.0:
+        return 0.0
+    error = difference / scale if scale > 0 else float("inf")
+    return error if error == error else float("inf")
+
+
+def gradients(
+    module: nn.Module, x: torch.Tensor, names: Iterable[str], values: Values | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """The output for `x`, and the gradients of a fixed random sum of it in the input (called "") and named parameters.
+
+    The parameters' own `.grad`, hooks and `requires_grad` play no part: aliases stand in for them, or for `values`.
+    """
+    own = dict(module.named_parameters())
+    aliases = {parameter: (parameter if values is None else values[parameter]).detach() for parameter in own.values()}
+    wanted = {name: aliases[own[name]].requires_grad_() for name in names}
+    leaf = x.detach().clone().requires_grad_()
+    # A product with one keeps the leaf out of reach of a forward that changes its input in place.
+    with substituted(module, aliases):
+        y = module(leaf * 1)
+    y = y[0] if isinstance(y, tuple) else y
+    weigh = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    if not y.requires_grad:
+        return y, dict.fromkeys(["", *wanted])
+    grads = torch.autograd.grad((y * weigh).sum(), [leaf, *wanted.values()], allow_unused=True)
+    return y.detach(), dict(zip(["", *wanted], grads))
+
+
+def largest_error(given: Gradients, expected: Gradients, vanishing: Collection[str] = ()) -> tuple[float, str]:
+    """Over all gradients, and where; a gradient that only one side has counts as inf.
+
+    vanishing: names of gradients that are zero on paper, so that rounding is all there is to them.
+    """
+    sizes = (float(g.abs().max()) for g in expected.values() if g is not None and g.numel())
+    largest = max(sizes, default=0.0)
+    worst = (0.0, "")
+    for name, theirs in expected.items():
+        ours = given[name]
+        if theirs is None or ours is None:
+            error = 0.0 if theirs is ours else float("inf")
+        else:
+            error = relative_error(ours, theirs, floor=largest if name in vanishing else _NOISE_FLOOR * largest)
+        worst = max(worst, (error, name))
+    return worst

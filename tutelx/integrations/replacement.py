@@ -1,0 +1,103 @@
+"""The layer that takes the place of somebody else's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tutelx.errors import InvalidTypeError
+from tutelx.experts.linked import LinkedExperts
+from tutelx.integrations.spec import LayerSpec
+from tutelx.layer import MoEBase
+from tutelx.types import Capacity, Plan, Planner, Routing
+
+
+class WrappedMoE(MoEBase):
+    """Runs the children of `original` in its place; :func:`tutelx.unwrap` puts it back.
+
+    The two share one dictionary of children, so parameters, buffers and state-dict keys are the same, whatever is
+    exchanged later. Attributes and methods that are not found here are those of `original`.
+    """
+
+    def __init__(self, original: nn.Module, spec: LayerSpec, *, capacity: Capacity, planner: Planner | None) -> None:
+        super().__init__(model_dim=spec.model_dim, num_experts=spec.num_experts, capacity=capacity, planner=planner)
+        self.spec = spec
+        self.training = original.training
+        state = self.__dict__
+        state["_modules"] = original._modules
+        # Not registered: a child's parameters would appear twice.
+        state["_original"] = original
+
+    @property
+    def original(self) -> nn.Module:
+        """The layer that this one replaces."""
+        return self.__dict__["_original"]
+
+    def forward(
+        self,
+        x: torch.Tensor | None = None,
+        *,
+        top_k: int | None = None,
+        capacity: Capacity | None = None,
+        plan: Plan | None = None,
+        **named: torch.Tensor,
+    ) -> Any:
+        """x [..., M] -> what the original returns for it; top_k, capacity and plan hold for this call only.
+
+        `x` may also be given under the name that it has in the original's forward.
+
+        Raises:
+            InvalidTypeError: x is missing, or an argument is unknown.
+            InvalidValueError: a wrong last dimension, top_k outside [1, E], a plan that the experts cannot run.
+        """
+        spec = self.spec
+        if x is None:
+            x = named.pop(spec.input_name, None)
+        if x is None or named:
+            given = ", ".join(named) or "nothing"
+            raise InvalidTypeError(f"{given} was given, expected {spec.input_name}, top_k, capacity or plan")
+        router = self._modules[spec.router]
+        experts = self._modules[spec.experts]
+        assert router is not None
+        assert isinstance(experts, nn.ModuleList)
+        seen: list[torch.Tensor] = []
+
+        def gate(x_TM: torch.Tensor, top_k: int | None) -> Routing:
+            logits_TE = router(x_TM)
+            seen.append(logits_TE)
+            return spec.rule.route(logits_TE, top_k)
+
+        linked = LinkedExperts(experts, spec.formula, zero_unused=spec.zero_unused)
+        y = self._run(x, gate, linked, top_k=top_k, capacity=capacity, plan=plan)  # type: ignore[arg-type]
+        if spec.keeps_dtype:
+            y = y.to(x.dtype)
+        if spec.returns == "tensor":
+            return y
+        logits_TE = seen[0]
+        if spec.returns == "with_batched_logits":
+            return y, logits_TE.reshape(*x.shape[:-1], logits_TE.shape[1])
+        return y, logits_TE
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("_original")
+            if original is None:  # while being unpickled
+                raise
+            return getattr(original, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The numbers were found with the value it had: taking another one silently would be a wrong answer.
+        original = self.__dict__.get("_original")
+        if original is not None and name in vars(original) and name not in self.__dict__:
+            raise AttributeError(
+                f"{name!r} belongs to the wrapped {type(original).__name__}: unwrap it, set {name!r} to {value!r} and"
+                " wrap again, or pass top_k, capacity or plan with the call"
+            )
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        return f"{type(self.original).__name__}: {self.spec}, capacity={self.capacity}"

@@ -1,0 +1,58 @@
+"""What a recogniser found out about a layer, and how it says that it could not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from tutelx.experts.linked import ExpertFormula
+from tutelx.integrations.rule import TopKRule
+
+Returns = Literal["tensor", "with_logits", "with_batched_logits"]
+
+
+class Declined(Exception):
+    """The layer is left alone. `attribute` is what could not be placed, as a path from the layer."""
+
+    def __init__(self, attribute: str, reason: str) -> None:
+        super().__init__(f"`{attribute}` {reason}")
+        self.attribute, self.reason = attribute, reason
+
+
+class Undecided(Declined):
+    """The layer's present weights do not show what it computes; other weights may."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """Everything needed to run the layer in its place.
+
+    router, experts: names of the two children.
+    zero_unused: an expert without tokens gets a zero gradient; False: it gets none.
+    returns: y alone, or (y, router logits) with the logits [T, E] or [..., E].
+    rank: of an input that the original takes; 3 where it takes both 2 and 3.
+    input_name: of the first argument of the layer's forward, for callers that pass it by keyword.
+    keeps_dtype: under autocast the output has the dtype of the input, not that of the products.
+    """
+
+    router: str
+    experts: str
+    model_dim: int
+    num_experts: int
+    formula: ExpertFormula
+    rule: TopKRule
+    zero_unused: bool = True
+    returns: Returns = "tensor"
+    rank: int = 3
+    input_name: str = "x"
+    keeps_dtype: bool = False
+
+    def vanishing(self, names: Iterable[str]) -> set[str]:
+        """Those of the parameters that have no gradient on paper: the router's, if the one weight of a token is 1."""
+        if self.rule.k > 1 or not self.rule.normalize:
+            return set()
+        return {name for name in names if name.startswith(f"{self.router}.")}
+
+    def __str__(self) -> str:
+        return f"{self.num_experts} experts {self.formula}, {self.rule}"

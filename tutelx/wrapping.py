@@ -1,0 +1,187 @@
+"""`wrap` and `unwrap`: MoE layers that somebody already has, run by tutelx.
+
+The file is not called `wrap`, so that importing it never hides the function `tutelx.wrap`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tutelx.errors import InvalidTypeError, InvalidValueError, ParityError
+from tutelx.integrations.parity import GRADIENT_TOLERANCE, TOLERANCE, gradients, largest_error, relative_error
+from tutelx.integrations.recognise import is_candidate, recognise
+from tutelx.integrations.replacement import WrappedMoE
+from tutelx.integrations.sandbox import Sandbox
+from tutelx.integrations.spec import Declined, LayerSpec
+from tutelx.layer import MoEBase
+from tutelx.types import Capacity, Planner
+
+__all__ = ["WrapReport", "WrappedMoE", "explain", "unwrap", "wrap"]
+
+_log = logging.getLogger("tutelx")
+_VERIFY_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrapReport:
+    """What became of one layer that looks like an MoE layer.
+
+    name: its path in the module, "" for the module itself.
+    spec: what it computes; None if it is left alone.
+    attribute, reason: what could not be placed (a path from the layer), and why; None and "" if there is nothing.
+    already: it is wrapped already.
+    """
+
+    name: str
+    kind: str
+    spec: LayerSpec | None = None
+    attribute: str | None = None
+    reason: str = ""
+    already: bool = False
+
+    @property
+    def recognised(self) -> bool:
+        return self.spec is not None
+
+    def __str__(self) -> str:
+        layer = f"{self.name or 'the module itself'} ({self.kind})"
+        if self.spec is None:
+            return f"{layer} is left alone: `{self.attribute}` {self.reason}"
+        return f"{layer} is {'wrapped already' if self.already else 'recognised'}: {self.spec}"
+
+
+def explain(module: nn.Module) -> list[WrapReport]:
+    """What :func:`wrap` would do with each layer that looks like an MoE layer, without doing it.
+
+    Each such layer is run on a few tokens and left as it was, random state included.
+
+    Raises:
+        InvalidTypeError: `module` is no `nn.Module`.
+    """
+    return [report for _, report in _examine_all(module)]
+
+
+def wrap(
+    module: nn.Module,
+    *,
+    capacity: Capacity | None = None,
+    planner: Planner | None = None,
+    verify: bool = False,
+    strict: bool = False,
+) -> nn.Module:
+    """Replaces every MoE layer in `module` that is recognised, in place; :func:`unwrap` undoes it.
+
+    A replacement holds the very same children: same parameters, same `state_dict` keys, so optimizers and checkpoints
+    go on working and no copy is kept. A layer is recognised by its structure and by its numbers, for which it is run
+    on a few tokens and left as it was. If it is not certain that the numbers stay equal, the layer is left alone and
+    the logger "tutelx" says which attribute had no place; :func:`explain` gives the same as data. Layers that are
+    wrapped already stay as they are.
+
+    Args:
+        module: a model, or an MoE layer itself.
+        capacity: how many rows an expert may receive; dropless by default, which is what keeps the numbers.
+        planner: chooses the plan of each call.
+        verify: run both layers on random input and compare outputs and all gradients.
+        strict: a layer that looks like an MoE layer and is not recognised is an error.
+
+    Returns:
+        `module`, or its replacement if it is an MoE layer itself.
+
+    Raises:
+        ParityError: with `verify`, a relative error exceeds the dtype's tolerance; nothing is replaced.
+        InvalidValueError: with `strict`, a layer would be left alone; nothing is replaced.
+        InvalidTypeError: `module` is no `nn.Module`, `capacity` no Capacity.
+    """
+    capacity = Capacity.dropless() if capacity is None else capacity
+    if not isinstance(capacity, Capacity):
+        raise InvalidTypeError(f"capacity is {type(capacity).__name__}, expected tutelx.Capacity")
+    examined = _examine_all(module)
+    if strict and (left := [str(report) for _, report in examined if not report.recognised]):
+        raise InvalidValueError("; ".join(left))
+    replacements: dict[nn.Module, nn.Module] = {}
+    for layer, report in examined:
+        _log.log(logging.INFO if report.recognised else logging.WARNING, "wrap: %s", report)
+        if report.spec is None or report.already:
+            continue
+        wrapped = WrappedMoE(layer, report.spec, capacity=capacity, planner=planner)
+        if verify:
+            _verify(layer, wrapped, report)
+        replacements[layer] = wrapped
+    if not any(report.recognised for _, report in examined):
+        _log.warning("wrap: nothing in this %s was recognised as an MoE layer", type(module).__name__)
+    return _replace(module, replacements)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Puts back the very layers that :func:`wrap` replaced, in place.
+
+    Returns:
+        `module`, or the original layer if it is a replacement itself.
+
+    Raises:
+        InvalidTypeError: `module` is no `nn.Module`.
+    """
+    _check_module(module)
+    originals: dict[nn.Module, nn.Module] = {}
+    for wrapped in module.modules():
+        if isinstance(wrapped, WrappedMoE):
+            wrapped.original.training = wrapped.training
+            originals[wrapped] = wrapped.original
+    return _replace(module, originals)
+
+
+def _examine_all(module: nn.Module) -> list[tuple[nn.Module, WrapReport]]:
+    _check_module(module)
+    examined: list[tuple[nn.Module, WrapReport]] = []
+    for name, layer in module.named_modules():
+        kind = type(layer).__name__
+        if isinstance(layer, WrappedMoE):
+            kind = type(layer.original).__name__
+            examined.append((layer, WrapReport(name=name, kind=kind, spec=layer.spec, already=True)))
+        elif not isinstance(layer, MoEBase) and is_candidate(layer):
+            try:
+                report = WrapReport(name=name, kind=kind, spec=recognise(layer))
+            except Declined as declined:
+                report = WrapReport(name=name, kind=kind, attribute=declined.attribute, reason=declined.reason)
+            examined.append((layer, report))
+    return examined
+
+
+def _replace(module: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+    return replacements.get(module, module)
+
+
+def _verify(layer: nn.Module, wrapped: WrappedMoE, report: WrapReport) -> None:
+    parameter = next(layer.parameters())
+    leading = (2, _VERIFY_TOKENS // 2) if wrapped.spec.rank == 3 else (_VERIFY_TOKENS,)
+    x = torch.randn((*leading, wrapped.model_dim), generator=torch.Generator().manual_seed(0)).to(parameter)
+    names = [name for name, _ in layer.named_parameters()]
+    with Sandbox(layer), torch.enable_grad():
+        expected_y, expected = gradients(layer, x, names)
+        given_y, given = gradients(wrapped, x, names)
+    gradient_error, where = largest_error(given, expected, wrapped.spec.vanishing(names))
+    _, error, limit, what = max(
+        (error / limit, error, limit, what)
+        for error, limit, what in (
+            (relative_error(given_y, expected_y), TOLERANCE[parameter.dtype], "the output"),
+            (gradient_error, GRADIENT_TOLERANCE[parameter.dtype], f"the gradient of {where or 'the input'}"),
+        )
+    )
+    if error > limit:
+        raise ParityError(
+            f"{report.name or 'the module itself'} ({report.kind}): {what} differs by a relative error of {error:.2e},"
+            f" tolerance {limit:.0e} ({parameter.dtype})"
+        )
+
+
+def _check_module(module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise InvalidTypeError(f"module is {type(module).__name__}, expected torch.nn.Module")
