@@ -4,11 +4,29 @@ TUTELX_CUDA=1 demands the CUDA build, TUTELX_CUDA=0 forbids it. TORCH_CUDA_ARCH_
 """
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+
+def toolkit_root() -> str | None:
+    """Where nvcc says it lives. torch takes the folder above the nvcc on the PATH, which may be a mere wrapper."""
+    if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or not shutil.which("nvcc"):
+        return None
+    dry_run = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    for line in dry_run.stderr.splitlines():
+        if "_HERE_=" in line:
+            return str(Path(line.split("_HERE_=")[1].strip()).parent)
+    return None
+
+
+if root := toolkit_root():
+    os.environ["CUDA_HOME"] = root  # read when torch.utils.cpp_extension is imported
+
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 ROOT = Path(__file__).parent
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"

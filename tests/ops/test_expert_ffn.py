@@ -1,5 +1,6 @@
 """expert_ffn and activation against plain products, their gradients against autograd."""
 
+import importlib
 import itertools
 
 import pytest
@@ -10,6 +11,8 @@ from tests.tolerance import TOLERANCE, assert_close, relative_error
 from tutelx import ops
 from tutelx.ops import reference
 from tutelx.ops.activation import ACTIVATIONS
+
+module = importlib.import_module("tutelx.ops.expert_ffn")  # `ops.expert_ffn` is the function of that name
 
 CASE = Case(tokens=45, top_k=2, num_experts=5, dim=19, skew=0.4)
 
@@ -43,6 +46,17 @@ def test_matches_plain_products(capacity, layout, gated, bias, listed, dtype):
     weights = expert_weights(5, CASE.dim, 23, gated=gated, bias=bias, listed=listed, dtype=dtype)
     map = ops.route(expert_ids(CASE), 5, capacity, layout=layout)
     check(CASE, map, weights, dtype)
+
+
+@pytest.mark.parametrize(("gated", "bias", "listed"), list(itertools.product([True, False], repeat=3)))
+@pytest.mark.parametrize(("capacity", "layout"), [(None, "ragged"), (6, "padded")])
+def test_the_way_without_a_kernel(capacity, layout, gated, bias, listed, monkeypatch):
+    def by_torch(rows, map, weights, *, activation="silu"):
+        return module._by_torch(rows, map, weights, activation, skip_empty=False)
+
+    monkeypatch.setattr(ops, "expert_ffn", by_torch)
+    weights = expert_weights(5, CASE.dim, 23, gated=gated, bias=bias, listed=listed, dtype=torch.float64)
+    check(CASE, ops.route(expert_ids(CASE), 5, capacity, layout=layout), weights, torch.float64)
 
 
 @pytest.mark.parametrize("case", ODD_CASES[1:], ids=str)

@@ -7,6 +7,7 @@ from torch import nn
 
 from tutelx.errors import InvalidValueError
 from tutelx.experts.base import Experts
+from tutelx.ops.segments import each_segment
 from tutelx.types import DispatchMap, Plan
 
 
@@ -47,17 +48,10 @@ def call_each(
     """
     if len(modules) != map.num_experts:
         raise InvalidValueError(f"experts holds {len(modules)} modules, num_experts={map.num_experts}")
-    # One split and one concatenation: indexing per expert would cost a full-size gradient each.
-    begins, counts = map.offsets.tolist(), map.counts.tolist()
-    sizes = []
-    for begin, end, count in zip(begins, begins[1:], counts):
-        used = min(count, end - begin)
-        sizes += [used, end - begin - used]
-    pieces = list(rows.split([*sizes, rows.shape[0] - begins[-1]]))
-    for e, expert in enumerate(modules):
-        if sizes[2 * e] or not skip_empty:
-            pieces[2 * e] = _same_shape(expert(pieces[2 * e]), pieces[2 * e], f"experts[{e}]")
-    return torch.cat(pieces)
+    experts = list(modules)
+    return each_segment(
+        lambda e, mine: _same_shape(experts[e](mine), mine, f"experts[{e}]"), rows, map, skip_empty=skip_empty
+    )
 
 
 def _same_shape(out: torch.Tensor, rows: torch.Tensor, name: str) -> torch.Tensor:
