@@ -8,11 +8,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install demo test test-all lint format clean
+.PHONY: install demo bench test test-all lint format clean
 install: $(VENV)/.built
 
 demo: install
 	$(BIN)/tutelx demo
+
+bench: install
+	$(BIN)/tutelx bench
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow"
@@ -38,7 +41,7 @@ clean:
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "tutelx needs Python >= 3.10, $(PYTHON) is %d.%d; try make PYTHON=..." % v[:2])'
 	$(PYTHON) -m venv $(VENV) || $(PYTHON) -m virtualenv $(VENV)
-	$(PIP) install --upgrade pip "setuptools>=77" wheel ninja numpy pybind11
+	$(PIP) install --upgrade pip "setuptools>=64" wheel ninja numpy pybind11
 	$(PIP) install "$(TORCH)"
 	@touch $@
 

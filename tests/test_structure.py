@@ -12,10 +12,10 @@ FLOORS = [
     {"errors", "env"},
     {"types"},
     {"ops"},
-    {"gates", "experts", "stats", "planner"},
+    {"gates", "experts", "stats", "planner", "testing"},
     {"layer"},
     {"wrapping", "integrations"},
-    {"demo"},
+    {"demo", "bench"},
     {"cli", "__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

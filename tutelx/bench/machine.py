@@ -1,0 +1,92 @@
+"""What the numbers were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tutelx
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_MEMORY = Path("/proc/meminfo")
+# Where the system does not tell (containers, macOS): larger than the last-level cache of a laptop.
+FALLBACK_CACHE = 32 * 2**20
+FALLBACK_MEMORY = 4 * 2**30
+
+
+def caches(folder: Path = _CACHES) -> dict[str, int]:
+    """Bytes by level, "L1d" .. "L3"; empty where the system does not tell."""
+    found = {}
+    for index in sorted(folder.glob("index*")):
+        try:
+            level, kind = ((index / name).read_text().strip() for name in ("level", "type"))
+            size = _bytes((index / "size").read_text().strip())
+        except (OSError, ValueError):
+            continue
+        if kind != "Instruction":
+            found[f"L{level}{'d' if kind == 'Data' else ''}"] = size
+    return found
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the largest cache between the device and its memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return max(caches().values(), default=FALLBACK_CACHE)
+
+
+def available_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return _meminfo("MemAvailable") or FALLBACK_MEMORY
+
+
+def describe(device: torch.device, *, threads: int | None = None) -> dict[str, Any]:
+    """threads: those the run used, where they were not torch's own choice."""
+    machine = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads or torch.get_num_threads(),
+        "caches": caches(),
+        "memory": _meminfo("MemTotal"),
+        "device": device.type,
+        "device_name": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "last_level_cache": last_level_cache(device),
+        "torch": torch.__version__,
+        "tutelx": tutelx.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {"device_memory": properties.total_memory, "multiprocessors": properties.multi_processor_count}
+    return machine
+
+
+def _bytes(text: str) -> int:
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:])
+    return int(text[:-1]) * unit if unit else int(text)
+
+
+def _meminfo(name: str) -> int | None:
+    try:
+        for line in _MEMORY.read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 2**10
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

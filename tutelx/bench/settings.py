@@ -1,0 +1,57 @@
+"""What a benchmark run can be asked for, checked at the door. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tutelx.bench.shapes import SETS, Shape
+from tutelx.errors import InvalidValueError
+
+OPS = (
+    "gate",
+    "gate_backward",
+    "route",
+    "encode",
+    "encode_backward",
+    "decode",
+    "decode_backward",
+    "activation",
+    "activation_backward",
+    "expert_ffn",
+    "layer",
+)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+PEERS = ("liger", "scattermoe", "transformers", "tutel")
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One run: every op at every shape in every dtype.
+
+    device: None takes cuda where torch finds one, else cpu.
+    seconds: about how long the timing of one row may take; set-up and checks come on top.
+    threads: of torch on the CPU; None leaves them.
+    """
+
+    ops: tuple[str, ...] = OPS
+    shapes: tuple[Shape, ...] = SETS["default"]
+    dtypes: tuple[str, ...] = ("float32",)
+    peers: tuple[str, ...] = PEERS
+    device: str | None = None
+    seconds: float = 2.0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        known = {"ops": OPS, "dtypes": DTYPES, "peers": PEERS}
+        for name, allowed in known.items():
+            for value in getattr(self, name):
+                if value not in allowed:
+                    raise InvalidValueError(f"{name[:-1]} {value!r} is none of {', '.join(allowed)}")
+        if self.device is not None and self.device not in DEVICES:
+            raise InvalidValueError(f"device={self.device!r} is none of {', '.join(DEVICES)}")
+        if not (self.seconds > 0 and math.isfinite(self.seconds)):
+            raise InvalidValueError(f"seconds={self.seconds} must be positive and finite")
+        if self.threads is not None and self.threads < 1:
+            raise InvalidValueError(f"threads={self.threads} must be at least 1")

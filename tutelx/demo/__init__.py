@@ -1,0 +1,1 @@
+"""What `tutelx demo` shows: a small MoE language model, trained as written and wrapped. Only the CLI imports it."""
