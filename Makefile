@@ -51,7 +51,6 @@ $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*.cpp csr
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.built
-	$(PIP) install -e '.[test]' --no-build-isolation --no-deps
 	$(PIP) install "pytest>=8" "hypothesis>=6"
 	@touch $@
 

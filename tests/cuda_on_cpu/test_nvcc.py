@@ -27,13 +27,14 @@ CXX_FLAGS = ["-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DC1
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
 
-def dry_run() -> str:
-    return subprocess.run(["nvcc", "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+def ask_nvcc(*arguments: str) -> str:
+    done = subprocess.run(["nvcc", *arguments], capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
 def toolkit_root() -> Path:
     """From nvcc's own account: the nvcc on the PATH may be a script that lies elsewhere."""
-    here = re.search(r"_HERE_=(.+)", dry_run())
+    here = re.search(r"_HERE_=(.+)", ask_nvcc("--dryrun", "-x", "cu", "/dev/null"))
     assert here is not None, "nvcc --dryrun does not tell where nvcc lies"
     return Path(here.group(1)).parent
 
@@ -42,7 +43,7 @@ def compile_kernel(op: str, architectures: tuple[str, ...]) -> str:
     """The log of nvcc and ptxas; found in the cache when nothing has changed since a successful build."""
     headers = [path.read_text() for pattern in ("*.h", "*.cuh") for path in sorted(KERNELS.glob(pattern))]
     flags = [*NVCC_FLAGS, *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)]
-    key = content_hash([dry_run(), *flags, (KERNELS / f"{op}.cu").read_text(), *headers])
+    key = content_hash([ask_nvcc("--version"), *flags, (KERNELS / f"{op}.cu").read_text(), *headers])
     log = CACHE / f"nvcc-{op}-{key}.log"
     if log.exists():
         return log.read_text()
@@ -105,7 +106,7 @@ def test_binding_compiles_against_torch():
 
     csrc = ROOT / "csrc"
     sources = [csrc / "cuda" / "bindings.cpp", csrc / "cpu" / "check.h", csrc / "kernels" / "launch.h"]
-    key = content_hash([torch.__version__, dry_run(), *CXX_FLAGS, *(path.read_text() for path in sources)])
+    key = content_hash([torch.__version__, ask_nvcc("--version"), *CXX_FLAGS, *(path.read_text() for path in sources)])
     passed = CACHE / f"binding-{key}.passed"
     if passed.exists():
         return
