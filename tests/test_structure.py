@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "tutelx"
 
 # Rooms from the ground up; rooms on one floor never import each other.
 FLOORS = [
-    {"errors", "env"},
+    {"errors", "env", "machine"},
     {"types"},
     {"ops"},
     {"gates", "experts", "stats", "planner", "testing"},

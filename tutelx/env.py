@@ -11,3 +11,13 @@ import os
 def is_ci() -> bool:
     """CI=true: progress bars are drawn once, at the end."""
     return os.environ.get("CI", "").lower() in ("1", "true")
+
+
+def omp_wait_policy() -> str | None:
+    """OMP_WAIT_POLICY: what an OpenMP thread does while it waits, spin (ACTIVE) or sleep (PASSIVE)."""
+    return os.environ.get("OMP_WAIT_POLICY")
+
+
+def default_omp_wait_policy(value: str) -> None:
+    """Sets OMP_WAIT_POLICY unless the user did; it is read once, when torch is loaded."""
+    os.environ.setdefault("OMP_WAIT_POLICY", value)

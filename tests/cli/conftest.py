@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests.threads import one_thread
 from tutelx.cli import main
 from tutelx.demo import figure
 from tutelx.demo.settings import Settings
@@ -41,11 +41,8 @@ def run_demo(folder: Path, *flags: str) -> Demo:
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
-    """At these sizes a second thread only costs, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
 @pytest.fixture

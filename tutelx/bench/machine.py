@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import tutelx
+from tutelx.machine import cpu_name
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _MEMORY = Path("/proc/meminfo")
@@ -48,13 +49,13 @@ def available_memory(device: torch.device) -> int:
 def describe(device: torch.device, *, threads: int | None = None) -> dict[str, Any]:
     """threads: those the run used, where they were not torch's own choice."""
     machine = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads or torch.get_num_threads(),
         "caches": caches(),
         "memory": _meminfo("MemTotal"),
         "device": device.type,
-        "device_name": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device_name": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "last_level_cache": last_level_cache(device),
         "torch": torch.__version__,
         "tutelx": tutelx.__version__,
@@ -80,13 +81,3 @@ def _meminfo(name: str) -> int | None:
     except (OSError, ValueError, IndexError):
         pass
     return None
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 from tutelx.cli._interrupts import held_interrupts
 from tutelx.demo.settings import DTYPES, Settings
+from tutelx.env import default_omp_wait_policy
 from tutelx.errors import InvalidValueError
 
 NAME = "demo"
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if "torch" not in sys.modules:
         # Read once, when torch is loaded. By default a waiting thread spins; on two cores that something else uses
         # too, it spins away the time of the thread that it waits for, and the demo takes ten times as long.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        default_omp_wait_policy("PASSIVE")
 
     from rich.console import Console
 

@@ -19,6 +19,8 @@ from tutelx.demo.parity import Parity
 from tutelx.demo.settings import Settings
 from tutelx.demo.text import Text
 from tutelx.demo.training import BLOCK, WARM_UP, Run
+from tutelx.env import omp_wait_policy
+from tutelx.machine import cpu_name
 
 SCHEMA = 1
 JSON_NAME, PICTURE_NAME = "report.json", "report.png"
@@ -76,24 +78,14 @@ def _replace(path: Path, produce: Callable[[Path], object]) -> None:
 
 def _machine() -> dict[str, Any]:
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "omp_wait_policy": omp_wait_policy(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _text(text: Text) -> dict[str, Any]:
