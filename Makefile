@@ -45,7 +45,7 @@ $(VENV)/.torch:
 	$(PIP) install "$(TORCH)"
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
+$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
 	@echo "compiling the C++ extension (about a minute on two cores)"
 	$(PIP) install --no-build-isolation -e .
 	@touch $@

@@ -7,7 +7,7 @@
 
 #include <tuple>
 
-#include "check.h"
+#include "../check.h"
 #include "parallel.h"
 
 namespace tutelx {

@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "check.h"
+#include "../check.h"
 #include "gather_sum.h"
 #include "parallel.h"
 #include "scalar.h"

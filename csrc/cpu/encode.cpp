@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "check.h"
+#include "../check.h"
 #include "gather_sum.h"
 #include "parallel.h"
 

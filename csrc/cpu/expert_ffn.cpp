@@ -9,8 +9,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../check.h"
 #include "activation.h"
-#include "check.h"
 #include "expert_weights.h"
 #include "gemm.h"
 #include "parallel.h"

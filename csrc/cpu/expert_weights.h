@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "check.h"
+#include "../check.h"
 #include "gemm.h"
 
 namespace tutelx {

@@ -9,8 +9,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../check.h"
 #include "activation.h"
-#include "check.h"
 #include "parallel.h"
 #include "scalar.h"
 
@@ -207,12 +207,7 @@ at::Tensor gate_backward(const at::Tensor& grad_weights, const at::Tensor& grad_
   check_dtype(expert_ids, "expert_ids", at::kInt);
   const bool softmax = parse_score(score);
   const int64_t T = logits.size(0), E = logits.size(1), K = expert_ids.size(1);
-  check_size(expert_ids, "expert_ids", 0, T, "T");
-  TORCH_CHECK_VALUE(grad_weights.sizes() == expert_ids.sizes(), "grad_weights has shape ", grad_weights.sizes(),
-                    ", expert_ids has ", expert_ids.sizes());
-  check_size(grad_score_sum, "grad_score_sum", 0, E, "E");
-  check_size(grad_logsumexp, "grad_logsumexp", 0, T, "T");
-  check_size(logsumexp, "logsumexp", 0, T, "T");
+  check_gate_gradients(grad_weights, grad_score_sum, grad_logsumexp, logits, expert_ids, logsumexp);
   const at::Tensor in = logits.contiguous(), ids = expert_ids.contiguous(), out = at::empty_like(in);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, in.scalar_type(), "gate_backward", [&] {
     using W = wide_t<scalar_t>;

@@ -2,7 +2,7 @@
 
 #include <ATen/Dispatch.h>
 
-#include "check.h"
+#include "../check.h"
 #include "parallel.h"
 #include "scalar.h"
 

@@ -5,7 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "check.h"
+#include "../check.h"
 #include "parallel.h"
 
 namespace tutelx {

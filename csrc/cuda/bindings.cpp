@@ -12,7 +12,7 @@
 #include <string_view>
 #include <tuple>
 
-#include "../cpu/check.h"
+#include "../check.h"
 #include "../kernels/launch.h"
 
 namespace tutelx {
@@ -227,12 +227,7 @@ Tensor gate_backward(const Tensor& grad_weights, const Tensor& grad_score_sum, c
   const Tensor ids = map_tensor(expert_ids, "expert_ids", 2, logits, "logits");
   check_gate(logits, ids.size(1));
   const int64_t T = logits.size(0), E = logits.size(1), K = ids.size(1);
-  check_size(expert_ids, "expert_ids", 0, T, "T");
-  TORCH_CHECK_VALUE(grad_weights.sizes() == expert_ids.sizes(), "grad_weights has shape ", grad_weights.sizes(),
-                    ", expert_ids has ", expert_ids.sizes());
-  check_size(grad_score_sum, "grad_score_sum", 0, E, "E");
-  check_size(grad_logsumexp, "grad_logsumexp", 0, T, "T");
-  check_size(logsumexp, "logsumexp", 0, T, "T");
+  check_gate_gradients(grad_weights, grad_score_sum, grad_logsumexp, logits, expert_ids, logsumexp);
   const c10::cuda::CUDAGuard guard(logits.device());
   const auto widened = [&](const Tensor& t, const char* name) {
     check_device(t, name, logits, "logits");

@@ -24,4 +24,17 @@ inline void check_index_range(int64_t count, const char* name) {
                     std::numeric_limits<int32_t>::max());
 }
 
+// What gate_backward is given, against logits [T,E] and expert_ids [T,K].
+inline void check_gate_gradients(const at::Tensor& grad_weights, const at::Tensor& grad_score_sum,
+                                 const at::Tensor& grad_logsumexp, const at::Tensor& logits,
+                                 const at::Tensor& expert_ids, const at::Tensor& logsumexp) {
+  const int64_t T = logits.size(0), E = logits.size(1);
+  check_size(expert_ids, "expert_ids", 0, T, "T");
+  TORCH_CHECK_VALUE(grad_weights.sizes() == expert_ids.sizes(), "grad_weights has shape ", grad_weights.sizes(),
+                    ", expert_ids has ", expert_ids.sizes());
+  check_size(grad_score_sum, "grad_score_sum", 0, E, "E");
+  check_size(grad_logsumexp, "grad_logsumexp", 0, T, "T");
+  check_size(logsumexp, "logsumexp", 0, T, "T");
+}
+
 }  // namespace tutelx
