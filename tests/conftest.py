@@ -1,10 +1,13 @@
 """Set-up that all tests share."""
 
 import signal
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.ranks import Ranks
 
 settings.register_profile("tutelx", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("tutelx")
@@ -16,3 +19,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """ranks(4) is the session's world of four gloo ranks."""
+    worlds: dict[int, Ranks] = {}
+    yield lambda world: worlds.setdefault(world, Ranks(world))
+    for world in worlds.values():
+        world.stop()

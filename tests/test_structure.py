@@ -9,9 +9,10 @@ PACKAGE = Path(__file__).parent.parent / "tutelx"
 
 # Rooms from the ground up; rooms on one floor never import each other.
 FLOORS = [
-    {"errors", "env", "machine"},
-    {"types"},
+    {"errors", "machine"},
+    {"types", "env"},
     {"ops"},
+    {"comm"},
     {"gates", "experts", "stats", "planner", "testing"},
     {"layer"},
     {"wrapping", "integrations"},

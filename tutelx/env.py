@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 
+from tutelx.errors import InvalidValueError
+
 
 def is_ci() -> bool:
     """CI=true: progress bars are drawn once, at the end."""
@@ -21,3 +23,17 @@ def omp_wait_policy() -> str | None:
 def default_omp_wait_policy(value: str) -> None:
     """Sets OMP_WAIT_POLICY unless the user did; it is read once, when torch is loaded."""
     os.environ.setdefault("OMP_WAIT_POLICY", value)
+
+
+def local_world_size() -> int | None:
+    """LOCAL_WORLD_SIZE: the ranks on this node, as torchrun sets it; None if unset.
+
+    Raises:
+        InvalidValueError: it is no positive integer.
+    """
+    value = os.environ.get("LOCAL_WORLD_SIZE")
+    if value is None:
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise InvalidValueError(f"LOCAL_WORLD_SIZE={value!r} is no positive integer")
+    return int(value)

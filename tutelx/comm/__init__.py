@@ -1,0 +1,1 @@
+"""Many ranks: who owns which expert, and how tokens get there and back."""
