@@ -50,4 +50,14 @@ TORCH_LIBRARY(tutelx, m) {
       "bool zero_unused) "
       "-> (Tensor grad_rows, Tensor[] gate, Tensor[] up, Tensor[] down, Tensor[] gate_bias, Tensor[] up_bias, "
       "Tensor[] down_bias)");
+
+  // rows [R,I] through each expert's own matrix: rows @ weight[e]^T + bias[e] -> [R,O]. Weights, rows and tiles as
+  // above.
+  m.def(
+      "expert_linear(Tensor rows, Tensor counts, Tensor offsets, Tensor[] weight, Tensor[] bias, int tile_rows, "
+      "int tile_columns) -> Tensor");
+  m.def(
+      "expert_linear_backward(Tensor grad_out, Tensor rows, Tensor counts, Tensor offsets, Tensor[] weight, "
+      "Tensor[] bias, int tile_rows, int tile_columns, bool need_rows, bool need_weights) "
+      "-> (Tensor grad_rows, Tensor[] weight, Tensor[] bias)");
 }

@@ -4,7 +4,8 @@ from tutelx.ops.activation import activation
 from tutelx.ops.decode import decode
 from tutelx.ops.encode import encode
 from tutelx.ops.expert_ffn import ExpertWeights, expert_ffn
+from tutelx.ops.expert_linear import expert_linear
 from tutelx.ops.gate import Gated, gate
 from tutelx.ops.route import route
 
-__all__ = ["ExpertWeights", "Gated", "activation", "decode", "encode", "expert_ffn", "gate", "route"]
+__all__ = ["ExpertWeights", "Gated", "activation", "decode", "encode", "expert_ffn", "expert_linear", "gate", "route"]

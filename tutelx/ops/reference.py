@@ -103,3 +103,17 @@ def expert_ffn(rows, map, weights, *, activation="silu"):
         pieces.append(rows.new_zeros((end - begin - used, rows.shape[1])))
     pieces.append(rows.new_zeros((map.num_rows - offsets[-1], rows.shape[1])))
     return torch.cat(pieces)
+
+
+def expert_linear(rows, map, weight, bias=()):
+    """`weight` [E, O, I] and `bias` [E, O] or nothing; row by row."""
+    out = []
+    offsets = map.offsets.tolist()
+    for row in range(map.num_rows):
+        owner = next((e for e in range(map.num_experts) if offsets[e] <= row < offsets[e + 1]), None)
+        if owner is None or row - offsets[owner] >= int(map.counts[owner]):
+            out.append(rows.new_zeros(weight.shape[1]))
+        else:
+            y = weight[owner] @ rows[row]
+            out.append(y + bias[owner] if len(bias) else y)
+    return torch.stack(out) if out else rows.new_zeros((0, weight.shape[1]))

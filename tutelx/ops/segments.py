@@ -23,13 +23,18 @@ def each_segment(
     skip_empty: the function is not called for an expert without rows.
     """
     # One split and one concatenation: indexing per expert would cost a full-size gradient each.
+    pieces = split_segments(rows, map)
+    for expert in range(map.num_experts):
+        if len(pieces[2 * expert]) or not skip_empty:
+            pieces[2 * expert] = function(expert, pieces[2 * expert])
+    return torch.cat(pieces)
+
+
+def split_segments(rows: torch.Tensor, map: DispatchMap) -> list[torch.Tensor]:
+    """Each expert's rows and the empty ones behind them, in turns, and the tail: 2E + 1 views of rows [R, M]."""
     begins, counts = map.offsets.tolist(), map.counts.tolist()
     sizes: list[int] = []
     for begin, end, count in zip(begins, begins[1:], counts):
         used = min(count, end - begin)
         sizes += [used, end - begin - used]
-    pieces = list(rows.split([*sizes, rows.shape[0] - begins[-1]]))
-    for expert in range(map.num_experts):
-        if sizes[2 * expert] or not skip_empty:
-            pieces[2 * expert] = function(expert, pieces[2 * expert])
-    return torch.cat(pieces)
+    return list(rows.split([*sizes, rows.shape[0] - begins[-1]]))
