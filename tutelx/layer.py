@@ -5,7 +5,6 @@ Shapes: T tokens, M model dim, E experts, K choices a token, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,13 +13,11 @@ from torch import nn
 from tutelx import ops
 from tutelx.errors import InvalidTypeError, InvalidValueError
 from tutelx.experts import BatchedExperts, Experts, FeedForwardExperts, ListedExperts
-from tutelx.gates import TopK
+from tutelx.gates import Gate, GateConfig, TopK, build_gate
 from tutelx.ops.activation import Activation
 from tutelx.planner import RulePlanner
 from tutelx.stats import RoutingStats
 from tutelx.types import Capacity, Decision, DispatchMap, Plan, Planner, Routing, Workload
-
-Gate = Callable[[torch.Tensor, int | None], Routing]
 
 
 class _LastCall:
@@ -41,12 +38,23 @@ class _LastCall:
 class MoEBase(nn.Module):
     """Runs one layer call for whoever holds a gate and experts: :class:`MoE` and the wrapped layers."""
 
-    def __init__(self, *, model_dim: int, num_experts: int, capacity: Capacity, planner: Planner | None) -> None:
+    def __init__(
+        self,
+        *,
+        model_dim: int,
+        num_experts: int,
+        capacity: Capacity,
+        planner: Planner | None,
+        eval_capacity: Capacity | None = None,
+        batch_prioritized: bool = False,
+    ) -> None:
         super().__init__()
-        if not isinstance(capacity, Capacity):
-            raise InvalidTypeError(f"capacity is {type(capacity).__name__}, expected tutelx.Capacity")
+        for name, setting in (("capacity", capacity), ("eval_capacity", eval_capacity or capacity)):
+            if not isinstance(setting, Capacity):
+                raise InvalidTypeError(f"{name} is {type(setting).__name__}, expected tutelx.Capacity")
         self.model_dim, self.num_experts = model_dim, num_experts
-        self.capacity = capacity
+        self.capacity, self.eval_capacity = capacity, eval_capacity
+        self.batch_prioritized = batch_prioritized
         self.planner: Planner = planner if planner is not None else RulePlanner()
         self._last = _LastCall()
 
@@ -76,11 +84,12 @@ class MoEBase(nn.Module):
         plan: Plan | None = None,
     ) -> torch.Tensor:
         x_TM = self._check_input(x).reshape(-1, self.model_dim)
-        routing = gate(x_TM, top_k)
+        if capacity is None:
+            capacity = self.capacity if self.training or self.eval_capacity is None else self.eval_capacity
+        routing = gate(x_TM, top_k, capacity=capacity, prioritized=self.batch_prioritized)
         if torch.is_autocast_enabled(x.device.type):
             x_TM = x_TM.to(torch.get_autocast_dtype(x.device.type))
-        setting = self.capacity if capacity is None else capacity
-        map, decision = self._dispatch(x_TM, routing, setting, experts, plan)
+        map, decision = self._dispatch(x_TM, routing, capacity, experts, plan)
         rows_RM = ops.encode(x_TM, map)
         rows_RM = experts(rows_RM, map, decision.plan)
         weights_TK = routing.weights if rows_RM.dtype != torch.float64 else routing.weights.to(rows_RM.dtype)
@@ -88,7 +97,7 @@ class MoEBase(nn.Module):
 
         self._last.aux_loss = torch.stack(list(routing.aux_losses.values())).sum() if routing.aux_losses else None
         self._last.decision = decision
-        self._last.stats = RoutingStats(map)
+        self._last.stats = RoutingStats(map, routing)
         return y_TM.reshape(x.shape)
 
     def _dispatch(
@@ -96,9 +105,12 @@ class MoEBase(nn.Module):
     ) -> tuple[DispatchMap, Decision]:
         """Decides how to run, and routes. Routing comes first: the plan depends on what it finds."""
         tokens, top_k = routing.expert_ids.shape
-        limit = setting.limit(tokens=tokens, top_k=top_k, num_experts=self.num_experts)
+        limit = routing.capacity
+        if limit is None:
+            limit = setting.limit(tokens=tokens, top_k=routing.top_k or top_k, num_experts=self.num_experts)
+        order = _by_priority(routing) if self.batch_prioritized else None
         layout = experts.layouts[0] if plan is None else plan.layout
-        map = ops.route(routing.expert_ids, self.num_experts, limit, layout=layout)
+        map = ops.route(routing.expert_ids, self.num_experts, limit, layout=layout, order=order)
         demand = None
         if plan is None and x_TM.device.type == "cpu" and not torch.compiler.is_compiling():
             demand = int(map.counts.max())
@@ -123,7 +135,7 @@ class MoEBase(nn.Module):
             decision = self.planner.plan(workload)
         _check_plan(decision.plan, experts)
         if decision.plan.layout != map.layout:
-            map = ops.route(routing.expert_ids, self.num_experts, limit, layout=decision.plan.layout)
+            map = ops.route(routing.expert_ids, self.num_experts, limit, layout=decision.plan.layout, order=order)
         return map, decision
 
     def _check_input(self, x: torch.Tensor) -> torch.Tensor:
@@ -144,8 +156,12 @@ class MoE(MoEBase):
         model_dim: M, the size of a token.
         hidden_dim: H, the experts' hidden size (unused by custom experts).
         num_experts: E.
-        gate: how tokens choose experts.
+        gate: how tokens choose experts: a configuration of `tutelx.gates`, or a module that maps tokens [T, M] to
+            logits [T, E] or to a Routing.
         capacity: how many rows an expert may receive; dropless by default.
+        eval_capacity: the same in evaluation mode; None: as in training.
+        batch_prioritized: where a capacity drops tokens, those with the greatest gate value keep their rows, not the
+            first of the batch (V-MoE, section 4: all first choices, then all second ones, each by that order).
         experts: "gated" (SwiGLU: down(silu(gate(x)) * up(x))), "ffn" (down(gelu(up(x)))), an `nn.ModuleList` of E
             modules, each called with its rows [n, M], or a module called with padded rows [E, C, M].
         activation: of the built-in experts: silu, gelu, gelu_tanh or relu; default silu if gated, else gelu.
@@ -162,8 +178,10 @@ class MoE(MoEBase):
         hidden_dim: int,
         num_experts: int,
         *,
-        gate: TopK | None = None,
+        gate: GateConfig | nn.Module | None = None,
         capacity: Capacity | None = None,
+        eval_capacity: Capacity | None = None,
+        batch_prioritized: bool = False,
         experts: Literal["gated", "ffn"] | nn.Module = "gated",
         activation: Activation | None = None,
         bias: bool = False,
@@ -177,8 +195,15 @@ class MoE(MoEBase):
             if value < 1:
                 raise InvalidValueError(f"{name}={value} must be at least 1")
         capacity = Capacity.dropless() if capacity is None else capacity
-        super().__init__(model_dim=model_dim, num_experts=num_experts, capacity=capacity, planner=planner)
-        self.gate = (gate or TopK()).build(model_dim, num_experts, device=device, dtype=dtype)
+        super().__init__(
+            model_dim=model_dim,
+            num_experts=num_experts,
+            capacity=capacity,
+            planner=planner,
+            eval_capacity=eval_capacity,
+            batch_prioritized=batch_prioritized,
+        )
+        self.gate = build_gate(TopK() if gate is None else gate, model_dim, num_experts, device=device, dtype=dtype)
         self.experts: Experts
         if isinstance(experts, nn.ModuleList):
             if len(experts) != num_experts:
@@ -219,6 +244,12 @@ class MoE(MoEBase):
             ValueError: a NaN reached the gate.
         """
         return self._run(x, self.gate, self.experts, top_k=top_k, capacity=capacity, plan=plan)
+
+
+def _by_priority(routing: Routing) -> torch.Tensor:
+    """[T] the tokens, greatest priority first, the earlier one first among equals."""
+    priority = routing.weights.amax(dim=1) if routing.priority is None else routing.priority
+    return priority.detach().argsort(descending=True, stable=True)
 
 
 def _check_plan(plan: Plan, experts: Experts) -> None:

@@ -6,35 +6,98 @@ from functools import cached_property
 
 import torch
 
-from tutelx.types import DispatchMap
+from tutelx.types import DispatchMap, Routing
+
+
+class Load:
+    """How evenly slots fall on experts. counts: [E], slots of each expert."""
+
+    def __init__(self, counts: torch.Tensor) -> None:
+        self.counts = counts
+
+    @cached_property
+    def _shares(self) -> torch.Tensor:
+        counts = self.counts.double()
+        return counts / counts.sum().clamp_min(1.0)
+
+    @cached_property
+    def entropy(self) -> float:
+        """-sum p ln p of the experts' shares p, in nats: ln E if even, 0 if one expert has all."""
+        return float(torch.special.entr(self._shares).sum())
+
+    @cached_property
+    def cv(self) -> float:
+        """Coefficient of variation: standard deviation (of the population) over mean; 0 without slots."""
+        mean = self._shares.mean()
+        return float(self._shares.std(correction=0) / mean) if mean > 0 else 0.0
+
+    @cached_property
+    def max_over_mean(self) -> float:
+        """The fullest expert over the mean; 0 without slots."""
+        return float(self._shares.max() * self._shares.numel())
+
+    @cached_property
+    def dead_experts(self) -> int:
+        """Experts without a slot."""
+        return int((self.counts == 0).sum())
+
+    def __repr__(self) -> str:
+        return (
+            f"Load(entropy={self.entropy:.3f}, cv={self.cv:.3f}, max_over_mean={self.max_over_mean:.3f},"
+            f" dead_experts={self.dead_experts})"
+        )
 
 
 class RoutingStats:
     """Load and drops of one call; nothing is computed before it is read."""
 
-    def __init__(self, map: DispatchMap) -> None:
-        self._counts, self._dest = map.counts, map.dest
+    def __init__(self, map: DispatchMap, routing: Routing | None = None) -> None:
+        self._map = map
+        self._requested = None if routing is None else routing.requested
+        self._top_k = map.dest.shape[1] if routing is None else routing.top_k or map.dest.shape[1]
         self.capacity = map.capacity
 
     @property
     def tokens_per_expert(self) -> torch.Tensor:
-        """[E] int32: slots that asked for each expert, before any drop."""
-        return self._counts
+        """[E] slots that asked for each expert, before any drop."""
+        return self._map.counts if self._requested is None else self._requested
+
+    @cached_property
+    def received_per_expert(self) -> torch.Tensor:
+        """[E] slots that got a row, after all drops."""
+        counts = self._map.counts
+        return counts if self.capacity is None else counts.clamp_max(self.capacity)
+
+    @cached_property
+    def requested(self) -> Load:
+        """The load before any drop: what the router wants."""
+        return Load(self.tokens_per_expert)
+
+    @cached_property
+    def received(self) -> Load:
+        """The load after all drops: what the experts compute."""
+        return Load(self.received_per_expert)
 
     @cached_property
     def dropped(self) -> int:
         """Slots that asked for an expert and got no row."""
-        kept = int((self._dest >= 0).sum())
-        return int(self._counts.sum()) - kept
+        return int(self.tokens_per_expert.sum()) - int(self.received_per_expert.sum())
+
+    @cached_property
+    def drop_rate(self) -> float:
+        """`dropped` over the slots that asked; 0 if none did."""
+        asked = int(self.tokens_per_expert.sum())
+        return self.dropped / asked if asked else 0.0
 
     @cached_property
     def needed_capacity_factor(self) -> float:
         """The least capacity factor that drops nothing: max load * E / (K*T); 0 for an empty batch."""
-        slots = self._dest.numel()
-        return int(self._counts.max()) * self._counts.numel() / slots if slots else 0.0
+        slots = self._map.dest.shape[0] * self._top_k
+        counts = self.tokens_per_expert
+        return int(counts.max()) * counts.numel() / slots if slots else 0.0
 
     def __repr__(self) -> str:
         return (
-            f"RoutingStats(tokens_per_expert={self._counts.tolist()}, dropped={self.dropped},"
+            f"RoutingStats(tokens_per_expert={self.tokens_per_expert.tolist()}, dropped={self.dropped},"
             f" needed_capacity_factor={self.needed_capacity_factor:.3f})"
         )

@@ -26,11 +26,23 @@ class Routing:
     expert_ids: [T, K] int32, best first; -1 marks an unused choice.
     weights: [T, K] float32 (float64 for float64 input), what each expert's output is multiplied with.
     aux_losses: scalar losses by name, already multiplied by their coefficients.
+    logits: [T, E], what the choice was made from, for losses of your own; None where a gate has none.
+    priority: [T], greatest first: which token takes its rows first under batch-prioritised routing; None: the
+        greatest weight.
+    top_k: the experts a token that the capacity is a multiple of; None: K. It differs where K is only a limit.
+    capacity: rows an expert may receive, where the gate itself has dropped what exceeds them; the layer's setting
+        is then not applied again.
+    requested: [E], the choices of each expert before the gate itself dropped any; None if it dropped none.
     """
 
     expert_ids: torch.Tensor
     weights: torch.Tensor
     aux_losses: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    logits: torch.Tensor | None = None
+    priority: torch.Tensor | None = None
+    top_k: int | None = None
+    capacity: int | None = None
+    requested: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,27 +1,29 @@
-"""The softmax (or sigmoid) top-K gate of Mixtral and the Llama-style layers."""
+"""The softmax (or sigmoid) top-K gate of Mixtral, DeepSeekMoE and the Llama-style layers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from tutelx import ops
 from tutelx.errors import InvalidValueError
 from tutelx.gates import losses
+from tutelx.gates.base import LinearGate, check_at_most, check_coefficients, check_ints, top_score
 from tutelx.ops.gate import Score
-from tutelx.types import Routing
+from tutelx.types import Capacity, Routing
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
     """How tokens choose experts; :meth:`build` makes the module that does it.
 
-    k: experts a token, 1..E; a call may ask for another.
+    k: experts a token, 1..E; a call may ask for another. k = E is the dense softmax mixture.
     score: "softmax" over all experts, or a "sigmoid" for each.
-    normalize: a token's weights are divided by their sum. With softmax this is a softmax over the K chosen logits.
+    normalize: a token's weights are divided by their sum. With softmax this is a softmax over the K chosen logits
+        (Mixtral); without it the weights are the affinities themselves (DeepSeekMoE, eq. 9).
     score_dtype: None computes scores in float32, and in float64 for float64 input; torch.float32 forces float32.
+    fp32_router: the router's product is computed in float32 too, whatever the layer's dtype.
     balance_coef: coefficient of Switch's load-balancing loss.
     z_coef: coefficient of the router z-loss.
     """
@@ -30,12 +32,13 @@ class TopK:
     score: Score = "softmax"
     normalize: bool = True
     score_dtype: torch.dtype | None = None
+    fp32_router: bool = False
     balance_coef: float = 0.01
     z_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise InvalidValueError(f"k={self.k!r} must be an int of at least 1")
+        check_ints(k=self.k)
+        check_coefficients(balance_coef=self.balance_coef, z_coef=self.z_coef)
         if self.score not in ("softmax", "sigmoid"):
             raise InvalidValueError(f"score={self.score!r} is neither 'softmax' nor 'sigmoid'")
         if self.score_dtype not in (None, torch.float32):
@@ -44,7 +47,7 @@ class TopK:
     def build(self, model_dim: int, num_experts: int, *, device=None, dtype=None) -> TopKGate:
         return TopKGate(self, model_dim, num_experts, device=device, dtype=dtype)
 
-    def route(self, logits: torch.Tensor, top_k: int | None = None) -> Routing:
+    def route(self, logits: torch.Tensor, top_k: int | None = None, *, prioritized: bool = False) -> Routing:
         """logits [T, E] -> the Routing of T tokens."""
         scored = logits.to(self.score_dtype) if self.score_dtype else logits
         gated = ops.gate(scored, self.k if top_k is None else top_k, score=self.score, normalize=self.normalize)
@@ -54,18 +57,30 @@ class TopK:
                 aux["balance"] = self.balance_coef * losses.switch_balance(gated.expert_ids, gated.score_sum)
             if self.z_coef:
                 aux["z"] = self.z_coef * losses.router_z(gated.logsumexp)
-        return Routing(expert_ids=gated.expert_ids, weights=gated.weights, aux_losses=aux)
+        return Routing(
+            expert_ids=gated.expert_ids,
+            weights=gated.weights,
+            aux_losses=aux,
+            logits=logits,
+            priority=top_score(scored, gated, self.score) if prioritized else None,
+        )
 
 
-class TopKGate(nn.Linear):
+class TopKGate(LinearGate):
     """A bias-free linear router whose state dict is that of a plain `nn.Linear`: `weight` [E, M]."""
 
     def __init__(self, config: TopK, model_dim: int, num_experts: int, *, device=None, dtype=None) -> None:
-        if config.k > num_experts:
-            raise InvalidValueError(f"k={config.k} exceeds num_experts={num_experts}")
-        super().__init__(model_dim, num_experts, bias=False, device=device, dtype=dtype)
+        check_at_most("k", config.k, num_experts)
+        super().__init__(model_dim, num_experts, fp32=config.fp32_router, device=device, dtype=dtype)
         self.config = config
 
-    def forward(self, x: torch.Tensor, top_k: int | None = None) -> Routing:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self,
+        x: torch.Tensor,
+        top_k: int | None = None,
+        *,
+        capacity: Capacity | None = None,
+        prioritized: bool = False,
+    ) -> Routing:
         """x [T, M] -> Routing."""
-        return self.config.route(super().forward(x), top_k)
+        return self.config.route(self.logits(x), top_k, prioritized=prioritized)

@@ -64,7 +64,7 @@ class WrappedMoE(MoEBase):
         assert isinstance(experts, nn.ModuleList)
         seen: list[torch.Tensor] = []
 
-        def gate(x_TM: torch.Tensor, top_k: int | None) -> Routing:
+        def gate(x_TM: torch.Tensor, top_k: int | None, *, capacity: Capacity, prioritized: bool) -> Routing:
             logits_TE = router(x_TM)
             seen.append(logits_TE)
             return spec.rule.route(logits_TE, top_k)
