@@ -50,7 +50,10 @@ def wants_cuda() -> bool:
 
 
 def extension():
-    cxx = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+    cxx = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+    # Without it at::parallel_for runs on one thread. Not for the linker: a second OpenMP library beside the one that
+    # torch brings would have its own threads.
+    cxx += ["-fopenmp"] if torch.backends.openmp.is_available() else ["-Wno-unknown-pragmas"]
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     if not wants_cuda():
         return CppExtension("tutelx._C", files, extra_compile_args={"cxx": cxx}, py_limited_api=True)
