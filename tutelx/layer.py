@@ -13,7 +13,7 @@ from torch import nn
 from tutelx import ops
 from tutelx.errors import InvalidTypeError, InvalidValueError
 from tutelx.experts import BatchedExperts, Experts, FeedForwardExperts, ListedExperts
-from tutelx.gates import Gate, GateConfig, TopK, build_gate
+from tutelx.gates import Gate, GateConfig, TopK, build_gate, by_priority
 from tutelx.ops.activation import Activation
 from tutelx.planner import RulePlanner
 from tutelx.stats import RoutingStats
@@ -108,7 +108,9 @@ class MoEBase(nn.Module):
         limit = routing.capacity
         if limit is None:
             limit = setting.limit(tokens=tokens, top_k=routing.top_k or top_k, num_experts=self.num_experts)
-        order = _by_priority(routing) if self.batch_prioritized else None
+        order = None
+        if self.batch_prioritized:
+            order = by_priority(routing.weights.amax(dim=1) if routing.priority is None else routing.priority)
         layout = experts.layouts[0] if plan is None else plan.layout
         map = ops.route(routing.expert_ids, self.num_experts, limit, layout=layout, order=order)
         demand = None
@@ -244,12 +246,6 @@ class MoE(MoEBase):
             ValueError: a NaN reached the gate.
         """
         return self._run(x, self.gate, self.experts, top_k=top_k, capacity=capacity, plan=plan)
-
-
-def _by_priority(routing: Routing) -> torch.Tensor:
-    """[T] the tokens, greatest priority first, the earlier one first among equals."""
-    priority = routing.weights.amax(dim=1) if routing.priority is None else routing.priority
-    return priority.detach().argsort(descending=True, stable=True)
 
 
 def _check_plan(plan: Plan, experts: Experts) -> None:

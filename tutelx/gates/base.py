@@ -85,6 +85,16 @@ def top_score(logits: torch.Tensor, gated: Gated, score: Score) -> torch.Tensor:
     return best - gated.logsumexp.detach() if score == "softmax" else best
 
 
+def by_priority(priority: torch.Tensor) -> torch.Tensor:
+    """[T] the tokens, greatest priority first, the earlier one first among equals."""
+    return priority.detach().argsort(descending=True, stable=True)
+
+
+def row_limit(capacity: Capacity | None, *, tokens: int, top_k: int, num_experts: int) -> int | None:
+    """Rows an expert may receive under a call's capacity; None if nothing is dropped."""
+    return None if capacity is None else capacity.limit(tokens=tokens, top_k=top_k, num_experts=num_experts)
+
+
 class CustomGate(nn.Module):
     """Somebody's module as a gate: it maps tokens [T, M] to logits [T, E], or to a Routing.
 

@@ -1,0 +1,101 @@
+"""Expert choice: experts choose tokens (Zhou et al. 2022)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from tutelx.errors import InvalidValueError
+from tutelx.gates.base import LinearGate, check_at_most, check_ints, row_limit, wide
+from tutelx.gates.statistics import expert_counts
+from tutelx.types import Capacity, Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoice:
+    """Each expert takes the C = K*T/E tokens that want it most (eq. 1-2): no overflow, and 0..E experts a token.
+
+    The affinity is a softmax over experts, and the weight is the affinity itself. A fixed or bounded capacity of the
+    layer with factor f makes C = f*K*T/E. Batch-prioritised routing changes nothing, as no row is contested. The choice
+    looks at the whole batch, later tokens of a sequence included: not for autoregressive generation. Over ranks, each
+    expert chooses among the tokens of each rank.
+
+    `ops.gate` is not used: it chooses along experts, and this choice goes along tokens. `ops.route` is.
+
+    k: K, the experts a token has on average (the paper's capacity factor c).
+    fp32_router: the router computes in float32 whatever the layer's dtype.
+    """
+
+    k: int = 2
+    fp32_router: bool = False
+
+    def __post_init__(self) -> None:
+        check_ints(k=self.k)
+
+    def build(self, model_dim: int, num_experts: int, *, device=None, dtype=None) -> ExpertChoiceGate:
+        return ExpertChoiceGate(self, model_dim, num_experts, device=device, dtype=dtype)
+
+
+class ExpertChoiceGate(LinearGate):
+    """Parameter `weight` [E, M]."""
+
+    def __init__(self, config: ExpertChoice, model_dim: int, num_experts: int, *, device=None, dtype=None) -> None:
+        check_at_most("k", config.k, num_experts)
+        super().__init__(model_dim, num_experts, fp32=config.fp32_router, device=device, dtype=dtype)
+        self.config = config
+
+    def forward(  # type: ignore[override]
+        self,
+        x: torch.Tensor,
+        top_k: int | None = None,
+        *,
+        capacity: Capacity | None = None,
+        prioritized: bool = False,
+    ) -> Routing:
+        """x [T, M] -> Routing of as many choices as the most wanted token has, in the order of experts.
+
+        Waits for the device: how many experts a token gets is known afterwards only.
+
+        Raises:
+            InvalidValueError: top_k outside [1, E], or logits that are not finite.
+        """
+        logits = self.logits(x)
+        tokens, num_experts = logits.shape
+        k = self.config.k if top_k is None else top_k
+        check_ints(top_k=k)
+        check_at_most("top_k", k, num_experts)
+        scores = logits.to(wide(logits.dtype)).softmax(dim=1)
+        _check_finite(logits, scores)
+        rows = row_limit(capacity, tokens=tokens, top_k=k, num_experts=num_experts)
+        if rows is None:
+            rows = max(1, math.ceil(k * tokens / num_experts))
+        chosen = scores.detach().T.sort(dim=1, descending=True, stable=True).indices[:, : min(rows, tokens)]
+        expert_ids = _by_token(chosen, tokens)
+        weights = scores.gather(1, expert_ids.clamp_min(0).long()).masked_fill(expert_ids < 0, 0.0)
+        return Routing(
+            expert_ids=expert_ids, weights=weights, logits=logits, top_k=k, capacity=max(1, min(rows, tokens))
+        )
+
+
+def _by_token(chosen: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The tokens [E, C] of each expert -> the experts [T, K] of each token, ascending, then -1."""
+    num_experts, rows = chosen.shape
+    expert = torch.arange(num_experts, device=chosen.device, dtype=torch.int32).repeat_interleave(rows)
+    token, order = chosen.reshape(-1).sort(stable=True)
+    counts = expert_counts(token, tokens)
+    choice = torch.arange(token.numel(), device=chosen.device) - (counts.cumsum(0) - counts)[token]
+    most = max(1, int(counts.max())) if tokens else 1
+    expert_ids = torch.full((tokens, most), -1, dtype=torch.int32, device=chosen.device)
+    expert_ids[token, choice] = expert[order]
+    return expert_ids
+
+
+def _check_finite(logits: torch.Tensor, scores: torch.Tensor) -> None:
+    if logits.device.type == "cpu" and not bool(scores.isfinite().all()):
+        token = int(scores.isfinite().all(dim=1).int().argmin())
+        raise InvalidValueError(
+            f"logits[{token}] is {logits[token].tolist()}: NaN, +inf, or no finite entry among its {logits.shape[1]}"
+            " experts"
+        )
