@@ -22,6 +22,9 @@ TORCH_LIBRARY(tutelx, m) {
   m.def("encode(Tensor x, Tensor source, Tensor dest) -> Tensor");
   m.def("encode_backward(Tensor grad_rows, Tensor dest) -> Tensor");
 
+  // rows [R,D]: those that no slot fills become zeros, in place
+  m.def("clear_empty(Tensor(a!) rows, Tensor source) -> ()");
+
   // rows [R,D], weights [T,K] -> y [T,D], and its mirror
   m.def("decode(Tensor rows, Tensor dest, Tensor source, Tensor weights) -> Tensor");
   m.def(

@@ -122,22 +122,33 @@ Tensor encode(const Tensor& x, const Tensor& source, const Tensor& dest) {
   check_dim(dest, "dest", 2);
   check_size(x, "x", 0, dest.size(0), "the map's tokens");
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor in = x.contiguous(), from = map_tensor(source, "source", 1, x, "x");
-  const int64_t R = source.size(0), D = x.size(1), K = dest.size(1);
+  const Tensor in = x.contiguous(), to = map_tensor(dest, "dest", 2, x, "x");
+  const Tensor from = map_tensor(source, "source", 1, x, "x");
+  const int64_t T = dest.size(0), K = dest.size(1), R = source.size(0), D = x.size(1);
   const Tensor rows = at::empty({R, D}, x.options());
-  C10_CUDA_CHECK(kernels::launch_encode(in.const_data_ptr(), const_ints(from), rows.mutable_data_ptr(), R, K, D,
-                                        dtype_of(x, "x"), stream_of(x)));
+  C10_CUDA_CHECK(kernels::launch_encode(in.const_data_ptr(), const_ints(to), const_ints(from), rows.mutable_data_ptr(),
+                                        T, K, R, D, dtype_of(x, "x"), stream_of(x)));
   return rows;
+}
+
+void clear_empty(Tensor& rows, const Tensor& source) {
+  check_dim(rows, "rows", 2);
+  check_size(rows, "rows", 0, source.size(0), "the map's rows");
+  TORCH_CHECK_VALUE(rows.is_contiguous(), "rows has strides ", rows.strides(), ", expected contiguous rows");
+  const c10::cuda::CUDAGuard guard(rows.device());
+  const Tensor from = map_tensor(source, "source", 1, rows, "rows");
+  C10_CUDA_CHECK(kernels::launch_clear_empty(rows.mutable_data_ptr(), const_ints(from), rows.size(0), rows.size(1),
+                                             dtype_of(rows, "rows"), stream_of(rows)));
 }
 
 Tensor encode_backward(const Tensor& grad_rows, const Tensor& dest) {
   check_dim(grad_rows, "grad_rows", 2);
   const c10::cuda::CUDAGuard guard(grad_rows.device());
   const Tensor in = grad_rows.contiguous(), to = map_tensor(dest, "dest", 2, grad_rows, "grad_rows");
-  const int64_t T = dest.size(0), K = dest.size(1), D = grad_rows.size(1);
+  const int64_t T = dest.size(0), K = dest.size(1), R = grad_rows.size(0), D = grad_rows.size(1);
   const Tensor grad_x = at::empty({T, D}, grad_rows.options());
   C10_CUDA_CHECK(kernels::launch_encode_backward(in.const_data_ptr(), const_ints(to), grad_x.mutable_data_ptr(), T, K,
-                                                 D, dtype_of(grad_rows, "grad_rows"), stream_of(grad_rows)));
+                                                 R, D, dtype_of(grad_rows, "grad_rows"), stream_of(grad_rows)));
   return grad_x;
 }
 
@@ -157,10 +168,10 @@ Tensor decode(const Tensor& rows, const Tensor& dest, const Tensor& source, cons
   check_weights(weights, rows, dest);
   const c10::cuda::CUDAGuard guard(rows.device());
   const Tensor in = rows.contiguous(), to = map_tensor(dest, "dest", 2, rows, "rows"), w = weights.contiguous();
-  const int64_t T = dest.size(0), K = dest.size(1), D = rows.size(1);
+  const int64_t T = dest.size(0), K = dest.size(1), R = rows.size(0), D = rows.size(1);
   const Tensor y = at::empty({T, D}, rows.options());
   C10_CUDA_CHECK(kernels::launch_decode(in.const_data_ptr(), const_ints(to), w.const_data_ptr(), y.mutable_data_ptr(),
-                                        T, K, D, dtype_of(rows, "rows"), dtype_of(weights, "weights"),
+                                        T, K, R, D, dtype_of(rows, "rows"), dtype_of(weights, "weights"),
                                         stream_of(rows)));
   return y;
 }
@@ -326,6 +337,7 @@ TORCH_LIBRARY_IMPL(tutelx, CUDA, m) {
   m.impl("route", &tutelx::route);
   m.impl("encode", &tutelx::encode);
   m.impl("encode_backward", &tutelx::encode_backward);
+  m.impl("clear_empty", &tutelx::clear_empty);
   m.impl("decode", &tutelx::decode);
   m.impl("decode_backward", &tutelx::decode_backward);
   m.impl("gate", &tutelx::gate);

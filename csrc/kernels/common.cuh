@@ -32,6 +32,11 @@ using SharedPtr = emulation::SharedPtr<T>;
   do {                                                                      \
     if (!(condition)) __assert_fail(message, __FILE__, __LINE__, __func__); \
   } while (0)
+// The same without a message: a call that never happens would still cost a kernel registers.
+#define TUTELX_DEVICE_TRAP_UNLESS(condition, message) \
+  do {                                                \
+    if (!(condition)) __trap();                       \
+  } while (0)
 
 namespace tutelx::kernels {
 template <class T>

@@ -48,19 +48,23 @@ cudaError_t launch_route_assign(const RouteArguments& a, cudaStream_t stream);
 
 // ---- encode --------------------------------------------------------------------------------------------------------
 
-// rows[r] = x[source[r] / K], zeros where source[r] is -1.
-cudaError_t launch_encode(const void* x, const int32_t* source, void* rows, int64_t R, int64_t K, int64_t D,
-                          DType dtype, cudaStream_t stream);
+// rows[dest[t,k]] = x[t], zeros where source is -1. `dest` and `source` must be each other's inverse.
+cudaError_t launch_encode(const void* x, const int32_t* dest, const int32_t* source, void* rows, int64_t T, int64_t K,
+                          int64_t R, int64_t D, DType dtype, cudaStream_t stream);
 
 // dx[t] = sum over k of drows[dest[t,k]].
-cudaError_t launch_encode_backward(const void* drows, const int32_t* dest, void* dx, int64_t T, int64_t K, int64_t D,
-                                   DType dtype, cudaStream_t stream);
+cudaError_t launch_encode_backward(const void* drows, const int32_t* dest, void* dx, int64_t T, int64_t K, int64_t R,
+                                   int64_t D, DType dtype, cudaStream_t stream);
+
+// rows[r] = zeros where source[r] is -1; the other rows are neither read nor written.
+cudaError_t launch_clear_empty(void* rows, const int32_t* source, int64_t R, int64_t D, DType dtype,
+                               cudaStream_t stream);
 
 // ---- decode --------------------------------------------------------------------------------------------------------
 
 // y[t] = sum over k of weights[t,k] * rows[dest[t,k]]. weights_dtype is f32 or dtype.
 cudaError_t launch_decode(const void* rows, const int32_t* dest, const void* weights, void* y, int64_t T, int64_t K,
-                          int64_t D, DType dtype, DType weights_dtype, cudaStream_t stream);
+                          int64_t R, int64_t D, DType dtype, DType weights_dtype, cudaStream_t stream);
 
 // drows[dest[t,k]] = weights[t,k] * dy[t], zeros where source is -1; dweights[t,k] = <dy[t], rows[dest[t,k]]>, zero
 // where dest is -1. `dest` and `source` must be each other's inverse.

@@ -7,6 +7,7 @@
 namespace tutelx::kernels {
 
 constexpr int kTeamBlock = 256;
+constexpr int kTeamWarps = kTeamBlock / kWarpSize;
 constexpr int kVectorsAThread = 4;
 
 struct Teams {
@@ -24,9 +25,9 @@ inline unsigned team_blocks(int64_t rows, const Teams& teams) {
   return static_cast<unsigned>(ceil_div<int64_t>(rows, kTeamBlock / teams.size));
 }
 
-// A grid has at most 2^31-1 blocks and a row at most 2^31-1 vectors.
+// A grid has at most 2^31-1 blocks; a vector's number, and that of one some rounds ahead, is an int.
 inline bool team_sizes_ok(int64_t rows, int64_t D) {
-  constexpr int64_t limit = 0x7fffffff;
+  constexpr int64_t limit = 0x7fffffff - 2 * kVectorsAThread * kTeamBlock;
   return rows >= 0 && rows <= limit && D >= 0 && D <= limit;
 }
 

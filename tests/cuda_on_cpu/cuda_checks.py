@@ -63,12 +63,20 @@ def check_encode(kernels: Kernels, case_seed, T, K, E, D, dtype, padded):
     rng = np.random.default_rng(case_seed)
     m = random_map(rng, T, K, E, padded)
     x = to_storage(rng.standard_normal((T, D)), dtype)
-    np.testing.assert_array_equal(kernels.encode(x, m.source, K, dtype), reference.encode(x, m.source, K))
+    np.testing.assert_array_equal(kernels.encode(x, m.dest, m.source, dtype), reference.encode(x, m.source, K))
 
     drows = to_storage(rng.standard_normal((m.source.size, D)), dtype)
     exact, ones = to_float(drows, dtype), np.ones((T, K))
     dx = kernels.encode_backward(drows, m.dest, dtype)
     assert_close(dx, reference.decode(exact, m.dest, ones), dtype, reference.decode(np.abs(exact), m.dest, ones))
+
+
+def check_clear_empty(kernels: Kernels, case_seed, T, K, E, D, dtype):
+    rng = np.random.default_rng(case_seed)
+    m = random_map(rng, T, K, E, padded=True)
+    rows = to_storage(rng.standard_normal((m.source.size, D)), dtype)
+    expected = np.where(m.source[:, None] < 0, np.zeros_like(rows), rows)
+    np.testing.assert_array_equal(kernels.clear_empty(rows, m.source, dtype), expected)
 
 
 def check_decode(kernels: Kernels, case_seed, T, K, E, D, dtype, weights_dtype, padded):

@@ -226,23 +226,29 @@ class Kernels:
             self.call("route", "route", step, *inputs, T, K, E, capacity, padded, *out, scratch)
         return tuple(a.array for a in out)
 
-    def encode(self, x, source, K, dtype):
-        rows = self.output((source.size, x.shape[1]), x.dtype)
-        sizes = source.size, K, x.shape[1], DTYPES[dtype]
-        self.call("encode", "encode", self.input(x), self.input(source), rows, *sizes)
+    def encode(self, x, dest, source, dtype):
+        (T, K), D = dest.shape, x.shape[1]
+        rows = self.output((source.size, D), x.dtype)
+        sizes = T, K, source.size, D, DTYPES[dtype]
+        self.call("encode", "encode", self.input(x), self.input(dest), self.input(source), rows, *sizes)
         return rows.array
 
     def encode_backward(self, drows, dest, dtype):
-        (T, K), D = dest.shape, drows.shape[1]
+        (T, K), (R, D) = dest.shape, drows.shape
         dx = self.output((T, D), drows.dtype)
-        self.call("encode", "encode_backward", self.input(drows), self.input(dest), dx, T, K, D, DTYPES[dtype])
+        self.call("encode", "encode_backward", self.input(drows), self.input(dest), dx, T, K, R, D, DTYPES[dtype])
         return dx.array
 
+    def clear_empty(self, rows, source, dtype):
+        held = self.input(rows)
+        self.call("clear_empty", "clear_empty", held, self.input(source), *rows.shape, DTYPES[dtype])
+        return held.array
+
     def decode(self, rows, dest, weights, dtype, weights_dtype):
-        (T, K), D = dest.shape, rows.shape[1]
+        (T, K), (R, D) = dest.shape, rows.shape
         y = self.output((T, D), rows.dtype)
         inputs = self.input(rows), self.input(dest), self.input(weights)
-        self.call("decode", "decode", *inputs, y, T, K, D, DTYPES[dtype], DTYPES[weights_dtype])
+        self.call("decode", "decode", *inputs, y, T, K, R, D, DTYPES[dtype], DTYPES[weights_dtype])
         return y.array
 
     def decode_backward(self, dy, rows, dest, source, weights, dtype, weights_dtype):

@@ -14,13 +14,13 @@ from cuda_emulator import Mutation, build
 
 pytestmark = pytest.mark.slow  # the first time, when everything is compiled with the sanitizer
 
-OPS = ("route", "encode", "decode", "gate", "activation")
+OPS = ("route", "encode", "clear_empty", "decode", "gate", "activation")
 
 # Read without a bound check; what is read is not used, so that only the sanitizer can tell.
 READS_TOO_FAR = Mutation(
     file="encode.cu",
-    old="const int32_t slot = source[row];",
-    new="const int32_t slot = source[row + (source[R] == 1 << 30)];",
+    old="const int32_t row = dest_K[k];",
+    new="const int32_t row = dest_K[k + (dest_K[K] == 1 << 30)];",
 )
 
 RUN_CHECKS = """
@@ -33,7 +33,9 @@ for seed in (0, 1):
         checks.check_route(kernels, 2, 1501, 3, 37, -1, padded=False, ordered=False)
         for D in (33, 1032):
             checks.check_encode(kernels, 1, 7, 3, 4, D, "bf16", padded=True)
-            checks.check_decode(kernels, 1, 7, 5, 4, D, "bf16", "f32", padded=False)
+            checks.check_clear_empty(kernels, 1, 7, 3, 4, D, "bf16")
+            for K in (1, 2, 5):
+                checks.check_decode(kernels, 1, 7, K, 4, D, "bf16", "f32", padded=False)
         checks.check_gate(kernels, 1, 9, 70, 5, "softmax", True, "f32")
         checks.check_activation(kernels, 1, 5, 33, "gelu", "f16", gated=True, padding=7)
 print("all checks passed")

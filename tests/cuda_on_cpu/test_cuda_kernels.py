@@ -83,6 +83,8 @@ ROW_SIZES = [
     (9, 9, 6, 64),
     (5, 2, 4, 1032),
     (3, 4, 2, 4096),  # teams of the whole block
+    (3, 2, 2, 3400),  # of which some threads have fewer vectors
+    (5, 1, 4, 1096),
 ]
 
 
@@ -92,6 +94,13 @@ ROW_SIZES = [
 def test_encode(T, K, E, D, dtype, padded):
     for seed in THREAD_ORDERS:
         checks.check_encode(Kernels(seed=seed), seed, T, K, E, D, dtype, padded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "K", "E", "D"), [*ROW_SIZES, (700, 3, 300, 5)])
+def test_clear_empty(T, K, E, D, dtype):
+    for seed in THREAD_ORDERS:
+        checks.check_clear_empty(Kernels(seed=seed), seed, T, K, E, D, dtype)
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["ragged", "padded"])
@@ -107,8 +116,27 @@ def test_misaligned_pointers(dtype):
     kernels = Kernels(seed=1, misalign=1)
     checks.check_encode(kernels, 3, 11, 3, 4, 64, dtype, padded=False)
     checks.check_decode(kernels, 3, 11, 3, 4, 64, dtype, dtype, padded=True)
+    checks.check_clear_empty(kernels, 3, 11, 3, 4, 64, dtype)
     checks.check_activation(kernels, 3, 5, 64, "silu", dtype, gated=True)
     checks.check_gate(kernels, 3, 5, 64, 4, "softmax", True, dtype)
+
+
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_a_foreign_map_is_refused(K):
+    rng = np.random.default_rng(0)
+    m = checks.random_map(rng, 20, K, 4, padded=False)
+    x, rows, weights = (rng.standard_normal(shape).astype(np.float32) for shape in ((20, 8), (20 * K, 8), (20, K)))
+    dest = m.dest.copy()
+    dest[11, 0] = 20 * K
+    kernels = Kernels()
+    for call in (
+        lambda: kernels.encode(x, dest, m.source, "f32"),
+        lambda: kernels.encode_backward(rows, dest, "f32"),
+        lambda: kernels.decode(rows, dest, weights, "f32", "f32"),
+        lambda: kernels.decode_backward(x, rows, dest, m.source, weights, "f32", "f32"),
+    ):
+        with pytest.raises(EmulationError, match="dest names a row outside"):
+            call()
 
 
 @pytest.mark.parametrize("seed", THREAD_ORDERS)

@@ -29,6 +29,13 @@ def encode(kernels):
 def decode(kernels):
     checks.check_decode(kernels, 1, 19, 3, 5, 40, "f32", "f32", padded=True)
     checks.check_decode(kernels, 2, 5, 6, 4, 4096, "bf16", "f32", padded=False)
+    checks.check_decode(kernels, 3, 5, 2, 4, 3400, "bf16", "f32", padded=False)
+    checks.check_decode(kernels, 6, 4, 6, 9, 64, "f32", "f32", padded=False)  # sixth choices that are kept
+
+
+def clear_empty(kernels):
+    checks.check_clear_empty(kernels, 1, 19, 3, 5, 40, "f32")
+    checks.check_clear_empty(kernels, 2, 700, 3, 300, 5, "bf16")
 
 
 def gate(kernels):
@@ -96,20 +103,41 @@ MUTANTS = [
     Mutant(
         name="empty rows not written",
         check=encode,
-        mutation=Mutation(
-            file="encode.cu", old="if (row >= R) return;", new="if (row >= R || source[row] < 0) return;"
-        ),
+        mutation=Mutation(file="empty_rows.cuh", old="source[mine] < 0", new="source[mine] < -1"),
         quick=True,
     ),
     Mutant(
-        name="slot taken for token",
+        name="another token's row",
         check=encode,
-        mutation=Mutation(file="encode.cu", old="x + slot / K * D", new="x + slot % K * D"),
+        mutation=Mutation(file="encode.cu", old="x + t * D", new="x + t / 2 * D"),
     ),
     Mutant(
         name="one vector too many",
         check=encode,
-        mutation=Mutation(file="encode.cu", old="for (; v < teams.vectors; v", new="for (; v <= teams.vectors; v"),
+        mutation=Mutation(
+            file="encode.cu", old="if (at < teams.vectors) store", new="if (at <= teams.vectors) store"
+        ),
+    ),
+    Mutant(
+        name="last vectors of a round forgotten",
+        check=encode,
+        mutation=Mutation(file="encode.cu", old="v += kVectorsAThread * teams.size", new="v += 5 * teams.size"),
+    ),
+    Mutant(
+        name="one empty row of several",
+        check=clear_empty,
+        mutation=Mutation(file="empty_rows.cuh", old="empty &= empty - 1", new="empty = 0"),
+        quick=True,
+    ),
+    Mutant(
+        name="rows of another warp",
+        check=clear_empty,
+        mutation=Mutation(file="empty_rows.cuh", old="first + lane * warps", new="first + lane"),
+    ),
+    Mutant(
+        name="the same row for all lanes",
+        check=clear_empty,
+        mutation=Mutation(file="empty_rows.cuh", old="first + (__ffs(empty) - 1) * warps", new="first"),
     ),
     Mutant(
         name="vectors where D does not allow them",
@@ -120,6 +148,21 @@ MUTANTS = [
         name="tail of a group read",
         check=decode,
         mutation=Mutation(file="gather_sum.cuh", old="k0 + i < K ? dest_K[k0 + i] : -1", new="dest_K[(k0 + i) % K]"),
+    ),
+    Mutant(
+        name="one group of choices only",
+        check=decode,
+        mutation=Mutation(file="gather_sum.cuh", old="kAhead > 1 ? kGroup : K", new="kGroup"),
+    ),
+    Mutant(
+        name="vectors ahead not added",
+        check=decode,
+        mutation=Mutation(file="gather_sum.cuh", old="if (v + a * teams.size >=", new="if (v + 2 * a * teams.size >="),
+    ),
+    Mutant(
+        name="vectors ahead skipped",
+        check=decode,
+        mutation=Mutation(file="decode.cu", old="v += kAhead * teams.size", new="v += (kAhead + 1) * teams.size"),
     ),
     Mutant(
         name="neighbour's weight",
@@ -149,7 +192,9 @@ MUTANTS = [
     Mutant(
         name="empty rows not written",
         check=decode,
-        mutation=Mutation(file="decode.cu", old="if (source[r] >= 0) continue;", new="continue;"),
+        mutation=Mutation(
+            file="decode.cu", old="  zero_empty_rows<T, W>(source, drows, R, teams.vectors);\n", new=""
+        ),
     ),
     Mutant(
         name="half a warp summed",

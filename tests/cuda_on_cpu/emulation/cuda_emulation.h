@@ -28,6 +28,7 @@
   do {                                                                                                  \
     if (!(condition)) emulation::fail(emulation::where(emulation::Site::current()) + ": " + (message)); \
   } while (0)
+#define TUTELX_DEVICE_TRAP_UNLESS(condition, message) TUTELX_DEVICE_ASSERT(condition, message)
 #define TUTELX_CHECK_VECTOR(pointer)                                                                 \
   do {                                                                                               \
     if (reinterpret_cast<uintptr_t>(pointer) % 16) emulation::fail("16-byte access is not aligned"); \

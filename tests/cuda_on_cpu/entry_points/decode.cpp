@@ -3,8 +3,8 @@
 using namespace tutelx::kernels;
 
 extern "C" int decode(const void* rows, const int32_t* dest, const void* weights, void* y, int64_t T, int64_t K,
-                      int64_t D, int64_t dtype, int64_t weights_dtype) {
-  return launch_decode(rows, dest, weights, y, T, K, D, static_cast<DType>(dtype), static_cast<DType>(weights_dtype),
+                      int64_t R, int64_t D, int64_t dtype, int64_t weights_dtype) {
+  return launch_decode(rows, dest, weights, y, T, K, R, D, static_cast<DType>(dtype), static_cast<DType>(weights_dtype),
                        nullptr);
 }
 
