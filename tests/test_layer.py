@@ -67,6 +67,17 @@ def test_equals_the_dense_definition(plan, experts, bias, dtype):
     compare(layer, x, lambda x: dense_moe(layer, x), plan=plan)
 
 
+@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_grouped_products(layout, bias):
+    layer = MoE(12, 20, 5, bias=bias)
+    x = tensor(33, 12, grad=True)
+    compare(layer, x, lambda x: dense_moe(layer, x), plan=Plan(layout=layout, expert_kernel="grouped"))
+    assert layer.last_decision.workload.expert_kernels == ("tiled", "bmm", "grouped")
+    with pytest.raises(ValueError, match=r"'grouped', but these experts run \('tiled', 'bmm'\) in float64 on cpu"):
+        layer.double()(x.double(), plan=Plan(expert_kernel="grouped"))
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3, 5])
 def test_top_k_of_a_call(top_k):
     layer = MoE(12, 20, 5, dtype=torch.float64)

@@ -61,6 +61,32 @@ def test_padded_only_and_unknown_load():
     assert (unknown.plan, unknown.source) == (Plan(), "default")
 
 
+def on_cuda(**change):
+    return decide(device="cuda", demand=None, **change)
+
+
+def test_an_accelerator_groups_where_it_can():
+    decision = on_cuda(expert_kernels=("tiled", "bmm", "grouped"))
+    assert decision.plan == Plan(layout="ragged", expert_kernel="grouped")
+    assert decision.source == "rule"
+
+
+def test_an_accelerator_pads_for_a_batched_product_within_reason():
+    # 8192 slots; 256 rows for each of 64 experts are 16384, twice as many; 257 are more.
+    kernels = ("tiled", "bmm")
+    assert on_cuda(expert_kernels=kernels, capacity=256).plan == Plan(layout="padded", expert_kernel="bmm")
+    too_many = on_cuda(expert_kernels=kernels, capacity=257)
+    assert too_many.plan == Plan()
+    assert "16448 padded rows for 8192 slots are too many" in too_many.reason
+    assert on_cuda(expert_kernels=kernels).plan == Plan(), "dropless: the padding is not known"
+    assert on_cuda(expert_kernels=kernels, layouts=("ragged",), capacity=1).plan == Plan()
+
+
+def test_an_accelerator_runs_what_is_left():
+    assert on_cuda().plan == Plan()
+    assert on_cuda(layouts=("padded",)).plan == Plan(layout="padded")
+
+
 def test_fixed():
     plan = Plan(layout="padded")
     assert FixedPlanner(plan).plan(decide().workload).plan is plan

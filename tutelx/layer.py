@@ -129,13 +129,13 @@ class MoEBase(nn.Module):
             training=torch.is_grad_enabled(),
             threads=torch.get_num_threads(),
             layouts=experts.layouts,
-            expert_kernels=experts.expert_kernels,
+            expert_kernels=experts.kernels_for(x_TM),
         )
         if plan is not None:
             decision = Decision(plan=plan, source="call", reason="given with the call", workload=workload)
         else:
             decision = self.planner.plan(workload)
-        _check_plan(decision.plan, experts)
+        _check_plan(decision.plan, workload)
         if decision.plan.layout != map.layout:
             map = ops.route(routing.expert_ids, self.num_experts, limit, layout=decision.plan.layout, order=order)
         return map, decision
@@ -248,10 +248,11 @@ class MoE(MoEBase):
         return self._run(x, self.gate, self.experts, top_k=top_k, capacity=capacity, plan=plan)
 
 
-def _check_plan(plan: Plan, experts: Experts) -> None:
-    if plan.layout not in experts.layouts:
-        raise InvalidValueError(f"plan.layout={plan.layout!r}, but these experts run {experts.layouts}")
-    if plan.expert_kernel not in experts.expert_kernels:
+def _check_plan(plan: Plan, workload: Workload) -> None:
+    if plan.layout not in workload.layouts:
+        raise InvalidValueError(f"plan.layout={plan.layout!r}, but these experts run {workload.layouts}")
+    if plan.expert_kernel not in workload.expert_kernels:
         raise InvalidValueError(
-            f"plan.expert_kernel={plan.expert_kernel!r}, but these experts run {experts.expert_kernels}"
+            f"plan.expert_kernel={plan.expert_kernel!r}, but these experts run {workload.expert_kernels}"
+            f" in {workload.dtype} on {workload.device}"
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from tutelx.types import Decision, Layout, Plan, Workload
+from tutelx.types import Decision, ExpertKernel, Layout, Plan, Workload
 
 SMALLEST_ROWS, LARGEST_ROWS = 64, 1024  # a tile below is mostly overhead, one above no longer fits the cache
 NARROW, WIDE = 256, 1024
+MOST_PADDING = 2  # padded rows a slot
 
 
 class FixedPlanner:
@@ -23,25 +24,50 @@ class RulePlanner:
 
     Ragged rows, as cost then follows the rows that arrived. The tile is as large as it can be while every thread
     still finds work: an expert that has more than half a thread's share of the rows is cut into several tiles.
+
+    On an accelerator, what does not wait for it: grouped products over the rows that arrived; without them a batched
+    one, where a capacity bounds what it pads to at most twice the rows; else expert after expert.
     """
 
     def plan(self, workload: Workload) -> Decision:
-        layout: Layout = "ragged" if "ragged" in workload.layouts else workload.layouts[0]
-        if workload.demand is None:
-            return Decision(plan=Plan(layout=layout), source="default", reason="load unknown", workload=workload)
-        fullest = workload.demand if workload.capacity is None else min(workload.demand, workload.capacity)
-        rows = workload.tokens * workload.top_k
-        share = rows / workload.threads
-        if fullest <= share / 2:
-            tile_rows = _power_of_two_from(fullest)
-            reason = f"balanced: the fullest expert has {fullest} of {rows} rows, one tile each"
+        return _on_cpu(workload) if workload.device == "cpu" else _on_accelerator(workload)
+
+
+def _on_accelerator(workload: Workload) -> Decision:
+    kernels, layouts = workload.expert_kernels, workload.layouts
+    layout: Layout = "ragged" if "ragged" in layouts else layouts[0]
+    kernel: ExpertKernel = "tiled"
+    reason = "no product of all experts at once can run these"
+    if "grouped" in kernels:
+        kernel, reason = "grouped", "grouped products follow the rows and do not wait for the device"
+    elif "bmm" in kernels and "padded" in layouts and workload.capacity is not None:
+        padded, rows = workload.capacity * workload.num_experts, workload.tokens * workload.top_k
+        if padded <= MOST_PADDING * rows:
+            layout, kernel = "padded", "bmm"
+            reason = f"no grouped products here; {padded} padded rows for {rows} slots do not wait for the device"
         else:
-            tile_rows = _power_of_two_from(int(share / 4))
-            reason = f"skewed: the fullest expert has {fullest} of {rows} rows, cut so that threads share it"
-        tile_rows = min(max(tile_rows, SMALLEST_ROWS), LARGEST_ROWS)
-        few_tiles = rows < 2 * workload.threads * tile_rows
-        plan = Plan(layout=layout, tile_rows=tile_rows, tile_columns=NARROW if few_tiles else WIDE)
-        return Decision(plan=plan, source="rule", reason=reason, workload=workload)
+            reason = f"no grouped products here, and {padded} padded rows for {rows} slots are too many"
+    plan = Plan(layout=layout, expert_kernel=kernel)
+    return Decision(plan=plan, source="rule", reason=reason, workload=workload)
+
+
+def _on_cpu(workload: Workload) -> Decision:
+    layout: Layout = "ragged" if "ragged" in workload.layouts else workload.layouts[0]
+    if workload.demand is None:
+        return Decision(plan=Plan(layout=layout), source="default", reason="load unknown", workload=workload)
+    fullest = workload.demand if workload.capacity is None else min(workload.demand, workload.capacity)
+    rows = workload.tokens * workload.top_k
+    share = rows / workload.threads
+    if fullest <= share / 2:
+        tile_rows = _power_of_two_from(fullest)
+        reason = f"balanced: the fullest expert has {fullest} of {rows} rows, one tile each"
+    else:
+        tile_rows = _power_of_two_from(int(share / 4))
+        reason = f"skewed: the fullest expert has {fullest} of {rows} rows, cut so that threads share it"
+    tile_rows = min(max(tile_rows, SMALLEST_ROWS), LARGEST_ROWS)
+    few_tiles = rows < 2 * workload.threads * tile_rows
+    plan = Plan(layout=layout, tile_rows=tile_rows, tile_columns=NARROW if few_tiles else WIDE)
+    return Decision(plan=plan, source="rule", reason=reason, workload=workload)
 
 
 def _power_of_two_from(n: int) -> int:

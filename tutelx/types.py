@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 Layout = Literal["ragged", "padded"]
-ExpertKernel = Literal["tiled", "bmm"]
+ExpertKernel = Literal["tiled", "bmm", "grouped"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,8 @@ class Plan:
     """How one call runs. A plan changes speed and rounding, never the result.
 
     layout: "ragged" computes the rows that arrived; "padded" gives every expert the same number of rows.
-    expert_kernel: "tiled" cuts the products into tiles that threads share; "bmm" is one batched product over the
-        padded layout, for stacked weights.
+    expert_kernel: "tiled" cuts the products into tiles that threads share, or on CUDA runs expert after expert; "bmm"
+        is one batched product over the padded layout, for stacked weights; "grouped" one over the rows that arrived.
     tile_rows, tile_columns: the most rows and output columns of one tile.
     """
 

@@ -114,7 +114,7 @@ cudaError_t launch_decode(const void* rows, const int32_t* dest, const void* wei
                           int64_t R, int64_t D, DType dtype, DType weights_dtype, cudaStream_t stream) {
   return with_types(dtype, weights_dtype, [&](auto type, auto weight) {
     return launch_gather_sum<TypeIn<decltype(type)>, TypeIn<decltype(weight)>>(rows, dest, weights, y, T, K, R, D,
-                                                                                    stream);
+                                                                               stream);
   });
 }
 

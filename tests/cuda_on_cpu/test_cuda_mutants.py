@@ -114,9 +114,7 @@ MUTANTS = [
     Mutant(
         name="one vector too many",
         check=encode,
-        mutation=Mutation(
-            file="encode.cu", old="if (at < teams.vectors) store", new="if (at <= teams.vectors) store"
-        ),
+        mutation=Mutation(file="encode.cu", old="if (at < teams.vectors) store", new="if (at <= teams.vectors) store"),
     ),
     Mutant(
         name="last vectors of a round forgotten",
@@ -192,9 +190,7 @@ MUTANTS = [
     Mutant(
         name="empty rows not written",
         check=decode,
-        mutation=Mutation(
-            file="decode.cu", old="  zero_empty_rows<T, W>(source, drows, R, teams.vectors);\n", new=""
-        ),
+        mutation=Mutation(file="decode.cu", old="  zero_empty_rows<T, W>(source, drows, R, teams.vectors);\n", new=""),
     ),
     Mutant(
         name="half a warp summed",

@@ -4,33 +4,16 @@ import pytest
 import torch
 
 from tests.cases import DTYPES, ODD_CASES, expert_ids, tensor
+from tests.ops.checks import CAPACITIES, check_decode, check_encode, mapped
 from tests.tolerance import assert_close
 from tutelx import ops
-from tutelx.ops import reference
-
-CAPACITIES = [(None, "ragged"), (3, "padded"), (2, "ragged")]
-
-
-def mapped(case, capacity, layout):
-    return ops.route(expert_ids(case), case.num_experts, capacity, layout=layout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ODD_CASES, ids=str)
 @pytest.mark.parametrize(("capacity", "layout"), CAPACITIES)
 def test_encode_is_exact(case, capacity, layout, dtype):
-    map = mapped(case, capacity, layout)
-    x = tensor(case.tokens, case.dim, dtype=dtype, grad=True)
-    rows = ops.encode(x, map)
-    if case.tokens == 0:
-        assert rows.shape == (map.num_rows, case.dim)
-        return
-    assert torch.equal(rows, reference.encode(x, map))
-    grad_rows = tensor(*rows.shape, dtype=dtype, seed=1)
-    (grad_x,) = torch.autograd.grad(rows, x, grad_rows)
-    wide = x.detach().double().requires_grad_()
-    (expected,) = torch.autograd.grad(reference.encode(wide, map), wide, grad_rows.double())
-    assert_close(grad_x, expected, what="grad_x")
+    check_encode(case, capacity, layout, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -38,24 +21,7 @@ def test_encode_is_exact(case, capacity, layout, dtype):
 @pytest.mark.parametrize(("capacity", "layout"), CAPACITIES)
 @pytest.mark.parametrize("wide_weights", [True, False])
 def test_decode(case, capacity, layout, dtype, wide_weights):
-    map = mapped(case, capacity, layout)
-    rows = tensor(map.num_rows, case.dim, dtype=dtype, grad=True)
-    weights = tensor(case.tokens, case.top_k, dtype=torch.float32 if wide_weights else dtype, seed=2, grad=True)
-    y = ops.decode(rows, map, weights)
-    assert y.dtype == dtype
-    if case.tokens == 0:
-        assert y.shape == (0, case.dim)
-        return
-    rows64, weights64 = (v.detach().double().requires_grad_() for v in (rows, weights))
-    expected = reference.decode(rows64, map, weights64)
-    assert_close(y, expected, what="y")
-    grad_y = tensor(*y.shape, dtype=dtype, seed=3)
-    grads = torch.autograd.grad(y, (rows, weights), grad_y)
-    wanted = torch.autograd.grad(expected, (rows64, weights64), grad_y.double())
-    for name, given, want in zip(("grad_rows", "grad_weights"), grads, wanted):
-        assert_close(given, want, what=name)
-    assert torch.equal(grads[1][map.dest < 0], torch.zeros_like(grads[1][map.dest < 0])), "dropped slots"
-    assert torch.equal(grads[0][map.source < 0], torch.zeros_like(grads[0][map.source < 0])), "empty rows"
+    check_decode(case, capacity, layout, dtype, torch.float32 if wide_weights else dtype)
 
 
 def test_encode_decode_round_trip():

@@ -1,42 +1,17 @@
 """expert_ffn and activation against plain products, their gradients against autograd."""
 
-import importlib
 import itertools
 
 import pytest
 import torch
 
 from tests.cases import DTYPES, ODD_CASES, Case, expert_ids, expert_weights, tensor
-from tests.tolerance import TOLERANCE, assert_close, relative_error
+from tests.ops.checks import check_activation, check_expert_ffn
+from tests.tolerance import assert_close
 from tutelx import ops
-from tutelx.ops import reference
 from tutelx.ops.activation import ACTIVATIONS
 
-module = importlib.import_module("tutelx.ops.expert_ffn")  # `ops.expert_ffn` is the function of that name
-
 CASE = Case(tokens=45, top_k=2, num_experts=5, dim=19, skew=0.4)
-
-
-def check(case, map, weights, dtype, **options):
-    """Outputs and all gradients against the reference in float64."""
-    rows = tensor(map.num_rows, case.dim, dtype=dtype, seed=9, grad=True)
-    out = ops.expert_ffn(rows, map, weights, **options)
-    wide = ops.ExpertWeights(
-        **{
-            name: tuple(w.detach().double().requires_grad_() for w in getattr(weights, name))
-            for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-        }
-    )
-    rows64 = rows.detach().double().requires_grad_()
-    expected = reference.expert_ffn(rows64, map, wide, activation=options.get("activation", "silu"))
-    assert_close(out, expected, what="out")
-    grad = tensor(*out.shape, dtype=dtype, seed=10)
-    inputs = [rows, *itertools.chain(*weights.lists())]
-    wanted = torch.autograd.grad(expected, [rows64, *itertools.chain(*wide.lists())], grad.double(), allow_unused=True)
-    for i, (a, b) in enumerate(zip(torch.autograd.grad(out, inputs, grad, allow_unused=True), wanted)):
-        # Low precision rounds the hidden values in between, which the float64 reference does not.
-        slack = 1 if dtype in (torch.float64, torch.float32) else 2
-        assert relative_error(a, torch.zeros_like(a) if b is None else b) <= slack * TOLERANCE[dtype], f"gradient {i}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -45,24 +20,13 @@ def check(case, map, weights, dtype, **options):
 def test_matches_plain_products(capacity, layout, gated, bias, listed, dtype):
     weights = expert_weights(5, CASE.dim, 23, gated=gated, bias=bias, listed=listed, dtype=dtype)
     map = ops.route(expert_ids(CASE), 5, capacity, layout=layout)
-    check(CASE, map, weights, dtype)
-
-
-@pytest.mark.parametrize(("gated", "bias", "listed"), list(itertools.product([True, False], repeat=3)))
-@pytest.mark.parametrize(("capacity", "layout"), [(None, "ragged"), (6, "padded")])
-def test_the_way_without_a_kernel(capacity, layout, gated, bias, listed, monkeypatch):
-    def by_torch(rows, map, weights, *, activation="silu"):
-        return module._by_torch(rows, map, weights, activation, skip_empty=False)
-
-    monkeypatch.setattr(ops, "expert_ffn", by_torch)
-    weights = expert_weights(5, CASE.dim, 23, gated=gated, bias=bias, listed=listed, dtype=torch.float64)
-    check(CASE, ops.route(expert_ids(CASE), 5, capacity, layout=layout), weights, torch.float64)
+    check_expert_ffn(CASE, map, weights, dtype)
 
 
 @pytest.mark.parametrize("case", ODD_CASES[1:], ids=str)
 def test_odd_sizes(case):
     weights = expert_weights(case.num_experts, case.dim, 31, gated=True, bias=False, listed=False, dtype=torch.float64)
-    check(case, ops.route(expert_ids(case), case.num_experts), weights, torch.float64)
+    check_expert_ffn(case, ops.route(expert_ids(case), case.num_experts), weights, torch.float64)
 
 
 @pytest.mark.parametrize(("tile_rows", "tile_columns"), [(1, 1), (7, 5), (16, 1000)])
@@ -70,22 +34,16 @@ def test_odd_sizes(case):
 def test_tiles_do_not_matter(tile_rows, tile_columns, activation):
     weights = expert_weights(5, CASE.dim, 23, gated=True, bias=True, listed=True, dtype=torch.float64)
     map = ops.route(expert_ids(CASE), 5)
-    check(CASE, map, weights, torch.float64, tile_rows=tile_rows, tile_columns=tile_columns, activation=activation)
+    check_expert_ffn(
+        CASE, map, weights, torch.float64, tile_rows=tile_rows, tile_columns=tile_columns, activation=activation
+    )
 
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activation(kind, dtype, gated):
-    gate = torch.linspace(-30, 30, 1001, dtype=torch.float64).to(dtype).requires_grad_()
-    up = tensor(1001, dtype=dtype, grad=True) if gated else None
-    out = ops.activation(gate, up, kind=kind)
-    wide = [v.detach().double().requires_grad_() for v in (gate, up) if v is not None]
-    expected = reference.activation(*wide, kind=kind)
-    assert_close(out, expected)
-    given = torch.autograd.grad(out.sum(), [v for v in (gate, up) if v is not None])
-    for a, b in zip(given, torch.autograd.grad(expected.sum(), wide)):
-        assert_close(a, b)
+    check_activation(dtype, kind, gated)
 
 
 def test_activation_keeps_nan_and_extremes():
@@ -112,7 +70,7 @@ def test_weights_with_any_strides():
             **{n: tuple(map_(w) for map_, w in [(change, getattr(plain, n)[0])]) for n in ("gate", "up", "down")}
         )
         assert moved.up[0].stride() != plain.up[0].stride()
-        check(CASE, map, moved, torch.float64)
+        check_expert_ffn(CASE, map, moved, torch.float64)
         assert_close(ops.expert_ffn(rows, map, moved), expected)
 
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cases import DTYPES, tensor
+from tests.ops.checks import check_gate
 from tests.tolerance import assert_close
 from tutelx import ops
-from tutelx.ops import reference
 
 SHAPES = [(1, 1, 1), (7, 3, 3), (33, 17, 2), (300, 64, 2), (5, 130, 40), (3, 1024, 8)]
 
@@ -20,19 +20,7 @@ SHAPES = [(1, 1, 1), (7, 3, 3), (33, 17, 2), (300, 64, 2), (5, 130, 40), (3, 102
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), SHAPES)
 def test_matches_torch(tokens, experts, top_k, score, normalize, dtype):
-    logits = tensor(tokens, experts, dtype=dtype, grad=True)
-    wide = logits.detach().double().requires_grad_()
-    given = ops.gate(logits, top_k, score=score, normalize=normalize)
-    expected = reference.gate(wide, top_k, score=score, normalize=normalize)
-    assert torch.equal(given.expert_ids, expected[0])
-    kind = torch.float64 if dtype == torch.float64 else torch.float32
-    for name, a, b in zip(("weights", "score_sum", "logsumexp"), given[1:], expected[1:]):
-        assert a.dtype == kind
-        assert_close(a, b, what=name)
-    grads = [tensor(*v.shape, dtype=kind, seed=i) for i, v in enumerate(given[1:])]
-    (grad,) = torch.autograd.grad(given[1:], logits, grads)
-    (want,) = torch.autograd.grad(expected[1:], wide, [g.double() for g in grads])
-    assert_close(grad, want, what="grad_logits")
+    check_gate(tokens, experts, top_k, dtype, score=score, normalize=normalize)
 
 
 def test_worked_by_hand():

@@ -6,12 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cases import ODD_CASES, expert_ids
+from tests.ops.checks import as_lists, check_route
 from tutelx import ops
 from tutelx.ops import reference
-
-
-def as_lists(map):
-    return map.dest.tolist(), map.source.tolist(), map.counts.tolist(), map.offsets.tolist()
 
 
 def test_worked_by_hand():
@@ -33,9 +30,7 @@ def test_worked_by_hand():
 @pytest.mark.parametrize("layout", ["ragged", "padded"])
 @pytest.mark.parametrize("capacity", [None, 1, 3, 1000])
 def test_matches_the_loop(case, layout, capacity):
-    ids = expert_ids(case)
-    map = ops.route(ids, case.num_experts, capacity, layout=layout)
-    assert as_lists(map) == reference.route(ids, case.num_experts, capacity, layout=layout)
+    check_route(case, capacity, layout)
 
 
 def test_many_blocks_and_threads():

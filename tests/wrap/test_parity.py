@@ -12,6 +12,7 @@ from torch import nn
 import tutelx
 from tests import models
 from tests.wrap.compare import assert_same, run, tokens, wrapped
+from tutelx.planner import FixedPlanner
 
 EXPERTS = {"swiglu": models.SwiGLU, "ffn": models.FFN}
 STYLES = [models.MoE, models.Unnormalized, models.Renormalized]
@@ -59,6 +60,20 @@ def test_ties_of_low_precision_are_broken_as_before(style, dtype):
     ours, expected = layer(x).double(), original(x).double()
     errors = (ours - expected).abs().amax(dim=1) / expected.abs().amax(dim=1)
     assert float(errors.detach().max()) < 0.05
+
+
+def test_grouped_products():
+    layer, original = both(models.MoE())
+    grouped = tutelx.Plan(expert_kernel="grouped")
+    layer.planner = FixedPlanner(grouped)
+    assert_same(layer, original, tokens(50, 16))
+    assert layer.last_decision.plan == grouped
+    # A loop that skips empty experts leaves them without a gradient, which grouped products cannot.
+    skips, _ = both(models.Unnormalized())
+    with pytest.raises(tutelx.errors.InvalidValueError, match=r"plan\.expert_kernel='grouped'"):
+        skips(tokens(50, 16), plan=grouped)
+    with torch.no_grad():
+        torch.testing.assert_close(skips(tokens(50, 16), plan=grouped), skips(tokens(50, 16)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -10,7 +10,8 @@ from torch import nn
 from tutelx import ops
 from tutelx.experts.base import Experts
 from tutelx.ops.activation import Activation, check_activation
-from tutelx.types import DispatchMap, Plan
+from tutelx.ops.expert_products import expert_products, groupable
+from tutelx.types import DispatchMap, ExpertKernel, Plan
 
 
 class FeedForwardExperts(Experts):
@@ -19,7 +20,7 @@ class FeedForwardExperts(Experts):
     Initialised as E separate `nn.Linear` layers would be: uniform in +-1/sqrt(fan_in).
     """
 
-    expert_kernels = ("tiled", "bmm")
+    expert_kernels: tuple[ExpertKernel, ...] = ("tiled", "bmm")
 
     def __init__(
         self,
@@ -68,32 +69,22 @@ class FeedForwardExperts(Experts):
         gate = (self.gate_proj,) if self.gated else ()
         return ops.ExpertWeights(gate=gate, up=(self.up_proj,), down=(self.down_proj,), **biases)
 
+    def kernels_for(self, x: torch.Tensor) -> tuple[ExpertKernel, ...]:
+        grouped = groupable(self.num_experts, self.model_dim, self.hidden_dim, x.dtype, x.device)
+        return (*self.expert_kernels, "grouped") if grouped else self.expert_kernels
+
     def forward(self, rows: torch.Tensor, map: DispatchMap, plan: Plan) -> torch.Tensor:
-        if plan.expert_kernel == "bmm":
-            return self._bmm(rows, map)
-        return ops.expert_ffn(
-            rows,
-            map,
-            self.weights().to(rows.dtype),
-            activation=self.activation,
-            tile_rows=plan.tile_rows,
-            tile_columns=plan.tile_columns,
-        )
-
-    def _bmm(self, rows: torch.Tensor, map: DispatchMap) -> torch.Tensor:
-        x_ECM = rows.reshape(map.num_experts, map.num_rows // map.num_experts, self.model_dim)
-
-        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            weight = weight.transpose(1, 2)
-            return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
-
-        up = linear(x_ECM, self.up_proj, self.up_bias if self.has_bias else None)
-        if self.gated:
-            gate = linear(x_ECM, self.gate_proj, self.gate_bias if self.has_bias else None)
-            hidden = ops.activation(gate, up, kind=self.activation)
-        else:
-            hidden = ops.activation(up, kind=self.activation)
-        return linear(hidden, self.down_proj, self.down_bias if self.has_bias else None).reshape(rows.shape)
+        weights = self.weights().to(rows.dtype)
+        if plan.expert_kernel == "tiled" and rows.device.type == "cpu":
+            return ops.expert_ffn(
+                rows,
+                map,
+                weights,
+                activation=self.activation,
+                tile_rows=plan.tile_rows,
+                tile_columns=plan.tile_columns,
+            )
+        return expert_products(rows, map, weights, kernel=plan.expert_kernel, activation=self.activation)
 
     def extra_repr(self) -> str:
         return (

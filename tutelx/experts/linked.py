@@ -10,6 +10,7 @@ from torch import nn
 from tutelx import ops
 from tutelx.experts.custom import call_each
 from tutelx.ops.activation import Activation
+from tutelx.ops.expert_products import expert_products, groupable
 from tutelx.types import DispatchMap, ExpertKernel, Layout, Plan
 
 Path = tuple[str, ...]
@@ -60,15 +61,33 @@ class LinkedExperts:
     def hidden_dim(self) -> int:
         return self.formula.hidden_dim
 
+    def kernels_for(self, x: torch.Tensor) -> tuple[ExpertKernel, ...]:
+        """Grouped products stack the weights on every call, and give experts without rows a gradient of zeros."""
+        num_experts, model_dim = len(self.modules), x.shape[-1]
+        grouped = (self.zero_unused or not torch.is_grad_enabled()) and groupable(
+            num_experts, model_dim, self.hidden_dim, x.dtype, x.device
+        )
+        return (*self.expert_kernels, "grouped") if grouped else self.expert_kernels
+
     def __call__(self, rows: torch.Tensor, map: DispatchMap, plan: Plan) -> torch.Tensor:
         """rows [R, M] -> [R, M]."""
         weights = self.weights()
         if weights is None:
             return call_each(self.modules, rows, map, skip_empty=not self.zero_unused)
+        weights = weights.to(rows.dtype)
+        if plan.expert_kernel != "tiled" or rows.device.type != "cpu":
+            return expert_products(
+                rows,
+                map,
+                weights,
+                kernel=plan.expert_kernel,
+                activation=self.formula.activation,
+                zero_unused=self.zero_unused,
+            )
         return ops.expert_ffn(
             rows,
             map,
-            weights.to(rows.dtype),
+            weights,
             activation=self.formula.activation,
             tile_rows=plan.tile_rows,
             tile_columns=plan.tile_columns,

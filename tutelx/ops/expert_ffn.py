@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from tutelx.ops._checks import check_floating, check_int, check_same, check_tensor
 from tutelx.ops._library import kernels, once_differentiable
 from tutelx.ops.activation import Activation, check_activation
-from tutelx.ops.activation import activation as activate
-from tutelx.ops.segments import each_segment
+from tutelx.ops.expert_products import by_torch
 from tutelx.types import DispatchMap
 
 Tensors = tuple[torch.Tensor, ...]
@@ -66,7 +64,8 @@ def expert_ffn(
             None), as in a loop that skips such experts. Optimizers treat the two differently.
 
     Returns:
-        [R, M]. Differentiable in `rows` and all weights. Compiled for CPU; elsewhere a loop of torch's own products.
+        [R, M]. Differentiable in `rows` and all weights. Compiled for CPU; elsewhere torch's own products:
+        grouped ones where they can run, else expert by expert, which waits for the device.
 
     Raises:
         ValueError, TypeError: sizes or dtypes that do not fit together; the message names both.
@@ -78,33 +77,13 @@ def expert_ffn(
     check_int(tile_rows, "tile_rows")
     check_int(tile_columns, "tile_columns")
     if rows.device.type != "cpu":
-        return _by_torch(rows, map, weights, activation, skip_empty=not zero_unused)
+        return by_torch(rows, map, weights, activation, zero_unused=zero_unused)
     lists = weights.lists()
     keep = torch.is_grad_enabled() and (rows.requires_grad or any(w.requires_grad for ws in lists for w in ws))
     out, _, _ = kernels.expert_ffn(
         rows, map.counts, map.offsets, *lists, activation, tile_rows, tile_columns, keep, zero_unused
     )
     return out
-
-
-def _by_torch(
-    rows: torch.Tensor, map: DispatchMap, weights: ExpertWeights, kind: Activation, *, skip_empty: bool
-) -> torch.Tensor:
-    # unbind, not indexing: its backward stacks the experts' gradients once.
-    gate, up, down, gate_bias, up_bias, down_bias = (
-        ws[0].unbind(0) if len(ws) == 1 and ws[0].dim() == rank + 1 else ws
-        for ws, rank in zip(weights.lists(), (2, 2, 2, 1, 1, 1))
-    )
-
-    def network(e: int, x: torch.Tensor) -> torch.Tensor:
-        hidden = F.linear(x, up[e], up_bias[e] if up_bias else None)
-        if gate:
-            hidden = activate(F.linear(x, gate[e], gate_bias[e] if gate_bias else None), hidden, kind=kind)
-        else:
-            hidden = activate(hidden, kind=kind)
-        return F.linear(hidden, down[e], down_bias[e] if down_bias else None)
-
-    return each_segment(network, rows, map, skip_empty=skip_empty)
 
 
 @torch.library.register_fake("tutelx::expert_ffn")

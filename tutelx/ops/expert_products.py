@@ -14,7 +14,7 @@ from tutelx.errors import InvalidValueError
 from tutelx.ops._library import kernels
 from tutelx.ops.activation import Activation
 from tutelx.ops.activation import activation as activate
-from tutelx.ops.segments import each_segment
+from tutelx.ops.segments import split_segments
 from tutelx.types import DispatchMap, ExpertKernel
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ Optional = torch.Tensor | None
 _RANKS = (2, 2, 2, 1, 1, 1)  # of one expert's gate, up, down and their biases
 _VECTOR_BYTES = 16  # grouped products want strides of whole vectors
 _MOST_GROUPS = 1023
+_CONTIGUOUS = torch.contiguous_format
 # Where grouped products exist and, on CUDA, do not wait for the device: other dtypes there loop over experts.
 _GROUPED_DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}
 _GROUPED_CUDA_MAJORS = (9, 10)
@@ -45,7 +46,8 @@ def expert_products(
     "grouped" is one product over all experts' rows, in any layout, and "bmm" one over the padded layout: neither waits
     for the device. "tiled" runs expert after expert and asks the device for their sizes. The first two want stacked
     weights: a list of matrices is stacked on every call, which reads and writes all of them once and keeps the copy
-    until the backward; every gradient is then a view into one tensor, without another copy.
+    until the backward; every gradient is then a view into one tensor, without another copy. Stacked weights whose rows
+    do not begin at multiples of 16 bytes are copied too.
 
     Args:
         rows: [R, M], as :func:`tutelx.ops.encode` gives them: zeros where no slot fills a row.
@@ -59,7 +61,7 @@ def expert_products(
         return _one_by_one(rows, map, weights, activation, skip_empty=not zero_unused)
     if kernel == "bmm" and map.layout != "padded":
         raise InvalidValueError(f"kernel='bmm' needs layout='padded', not {map.layout!r}")
-    if kernel == "grouped" and not groupable(weights, rows.dtype, rows.device):
+    if kernel == "grouped" and not _groupable(weights, rows):
         raise InvalidValueError(
             f"kernel='grouped' cannot run {rows.dtype} on {rows.device} with up of shape {tuple(weights.up[0].shape)}"
         )
@@ -75,26 +77,13 @@ def by_torch(
     """By grouped products where they can run, else expert by expert."""
     listed = weights.up[0].dim() == 2
     trained = torch.is_grad_enabled() and any(w.requires_grad for ws in weights.lists() for w in ws)
-    grouped = (zero_unused or not listed or not trained) and groupable(weights, rows.dtype, rows.device)
+    grouped = (zero_unused or not listed or not trained) and _groupable(weights, rows)
     kernel: ExpertKernel = "grouped" if grouped else "tiled"
     return expert_products(rows, map, weights, kernel=kernel, activation=activation, zero_unused=zero_unused)
 
 
-def groupable(weights: ExpertWeights, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether these weights, once in `dtype`, can run in grouped products on `device`."""
-    up = weights.up[0]
-    listed = up.dim() == 2
-    num_experts = len(weights.up) if listed else up.shape[0]
-    if not groupable_sizes(num_experts, up.shape[-1], up.shape[-2], dtype, device):
-        return False
-    # Stacking a list makes what is wanted.
-    return listed or all(_whole_vectors(w, dtype) for ws in (weights.gate, weights.up, weights.down) for w in ws)
-
-
-def groupable_sizes(
-    num_experts: int, model_dim: int, hidden_dim: int, dtype: torch.dtype, device: torch.device
-) -> bool:
-    """As `groupable`, for contiguous weights."""
+def groupable(num_experts: int, model_dim: int, hidden_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether grouped products can run experts of these sizes."""
     if not hasattr(F, "grouped_mm") or dtype not in _GROUPED_DTYPES.get(device.type, ()):
         return False
     if device.type == "cuda" and _cuda_major(device.index) not in _GROUPED_CUDA_MAJORS:
@@ -108,21 +97,29 @@ def _cuda_major(index: int | None) -> int:
     return torch.cuda.get_device_capability(index)[0]
 
 
-def _whole_vectors(weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    """[E, out, in] with rows or columns one after the other, each beginning at a whole vector."""
-    vector = _VECTOR_BYTES // dtype.itemsize
-    expert, *inner = weight.stride()
-    if 1 not in inner:
-        return False
-    other = inner[1] if inner[0] == 1 else inner[0]
-    long_enough = other >= (weight.shape[1] if inner[0] == 1 else weight.shape[2])
-    return long_enough and all(n % vector == 0 for n in (expert, other, weight.storage_offset()))
+def _groupable(weights: ExpertWeights, rows: torch.Tensor) -> bool:
+    up = weights.up[0]
+    num_experts = len(weights.up) if up.dim() == 2 else up.shape[0]
+    return groupable(num_experts, up.shape[-1], up.shape[-2], rows.dtype, rows.device)
 
 
 def _stacked(weights: Tensors, rank: int) -> Optional:
     if not weights:
         return None
-    return weights[0] if weights[0].dim() == rank + 1 else torch.stack(weights)
+    if weights[0].dim() == rank:
+        return torch.stack(weights)
+    return weights[0] if rank == 1 or _whole_vectors(weights[0]) else weights[0].clone(memory_format=_CONTIGUOUS)
+
+
+def _whole_vectors(weight: torch.Tensor) -> bool:
+    """[E, out, in] with rows or columns one after the other, each beginning at a whole vector."""
+    vector = _VECTOR_BYTES // weight.dtype.itemsize
+    expert, *inner = weight.stride()
+    if 1 not in inner:
+        return False
+    by_rows = inner[1] == 1
+    other, length = (inner[0], weight.shape[2]) if by_rows else (inner[1], weight.shape[1])
+    return other >= length and all(n % vector == 0 for n in (expert, other, weight.storage_offset()))
 
 
 # ---- Products of all experts at once: x [R, in], weights [E, out, in], bias [E, out] ---------------------------------
@@ -200,7 +197,9 @@ class _Network(torch.autograd.Function):
             rows = _from_a_whole_vector(rows.contiguous())
             gate_pre = None if gate is None else ctx.products.linear(rows, gate, gate_bias)
             up_pre = ctx.products.linear(rows, up, up_bias)
-            hidden = kernels.activation(up_pre, None, kind) if gate is None else kernels.activation(gate_pre, up_pre, kind)
+            hidden = (
+                kernels.activation(up_pre, None, kind) if gate is None else kernels.activation(gate_pre, up_pre, kind)
+            )
             out = ctx.products.linear(hidden, down, down_bias)
             kernels.clear_empty(out, source)
         ctx.save_for_backward(rows, source, gate_pre, up_pre, hidden, gate, up, down)
@@ -210,10 +209,12 @@ class _Network(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
         rows, source, gate_pre, up_pre, hidden, gate, up, down = ctx.saved_tensors
-        need_rows, *_, need_gate, need_up, need_down, need_gate_bias, need_up_bias, need_down_bias = ctx.needs_input_grad
+        need_rows, *_, need_gate, need_up, need_down, need_gate_bias, need_up_bias, need_down_bias = (
+            ctx.needs_input_grad
+        )
         products = ctx.products
         if ctx.padded:  # empty rows lie among the others, and whatever their gradients are must not count
-            grad = grad_out.clone(memory_format=torch.contiguous_format)
+            grad = grad_out.clone(memory_format=_CONTIGUOUS)
             kernels.clear_empty(grad, source)
         else:
             grad = _from_a_whole_vector(grad_out.contiguous())
@@ -249,7 +250,7 @@ def _wanted(need: bool, product: Callable[..., torch.Tensor], *arguments) -> Opt
 
 
 def _from_a_whole_vector(rows: torch.Tensor) -> torch.Tensor:
-    """Contiguous rows whose address is a multiple of a vector's bytes; a slice of a larger tensor may begin anywhere."""
+    """`rows`, or a copy if they are a slice that begins within a vector."""
     return rows if rows.storage_offset() * rows.dtype.itemsize % _VECTOR_BYTES == 0 else rows.clone()
 
 
@@ -261,8 +262,7 @@ def _one_by_one(
 ) -> torch.Tensor:
     # unbind, not indexing: its backward stacks the experts' gradients once.
     gate, up, down, gate_bias, up_bias, down_bias = (
-        ws[0].unbind(0) if len(ws) == 1 and ws[0].dim() == rank + 1 else ws
-        for ws, rank in zip(weights.lists(), _RANKS)
+        ws[0].unbind(0) if len(ws) == 1 and ws[0].dim() == rank + 1 else ws for ws, rank in zip(weights.lists(), _RANKS)
     )
 
     def network(e: int, x: torch.Tensor) -> torch.Tensor:
@@ -273,4 +273,11 @@ def _one_by_one(
             hidden = activate(hidden, kind=kind)
         return F.linear(hidden, down[e], down_bias[e] if down_bias else None)
 
-    return each_segment(network, rows, map, skip_empty=skip_empty)
+    pieces = split_segments(rows, map)
+    for i, piece in enumerate(pieces):
+        e, between = divmod(i, 2)
+        if between or e == map.num_experts:  # empty rows
+            pieces[i] = torch.zeros_like(piece)
+        elif len(piece) or not skip_empty:
+            pieces[i] = network(e, piece)
+    return torch.cat(pieces)
