@@ -15,6 +15,7 @@ from torch import nn
 
 from tutelx.comm.mesh import Mesh
 from tutelx.comm.placement import Placement
+from tutelx.comm.subgroups import subgroup
 from tutelx.errors import InvalidTypeError, InvalidValueError
 
 
@@ -112,30 +113,14 @@ class Shard:
         return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=("expert", "slice"))
 
 
-# By the name of the group, and with it: names are given anew after destroy_process_group.
-_slice_groups: dict[tuple[str, int], tuple[Any, Any, Any]] = {}
-
-
 def slice_groups(mesh: Mesh, slices: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """This rank's column and row of the group's ranks as [W/s, s]: who holds its slice of other experts, and the other
-    slices of its expert. Made once a group; all its ranks must call.
-
-    Raises:
-        InvalidValueError: the group's ranks do not ascend, so that torch would order those of its parts differently.
-    """
-    key = mesh.group.group_name, slices
-    group, *found = _slice_groups.get(key, (None, None, None))
-    if group is not mesh.group:
-        ranks = mesh.global_ranks
-        if list(ranks) != sorted(ranks):
-            raise InvalidValueError(f"the group's ranks {ranks} do not ascend, as slices of experts need")
-        row = mesh.rank // slices * slices
-        # All ranks make their row first and their column second, so that none waits for one that waits for it.
-        wanted = [ranks[row : row + slices], ranks[mesh.rank % slices :: slices]]
-        within, across = (dist.new_group(list(each), use_local_synchronization=True) for each in wanted)
-        _slice_groups[key] = mesh.group, across, within
-        found = [across, within]
-    return found[0], found[1]
+    """This rank's column and row of the mesh's ranks as [W/s, s]: those that hold its slice of other experts, and those
+    that hold the other slices of its expert. All ranks of the mesh must call the first time."""
+    row = mesh.rank // slices * slices
+    # All ranks make their row first and their column second, so that none waits for one that waits for it.
+    within = subgroup(mesh, range(row, row + slices), "slices of an expert")
+    across = subgroup(mesh, range(mesh.rank % slices, mesh.world, slices), "one slice of all experts")
+    return across, within
 
 
 def hold_shards(module: nn.Module, shards: Mapping[str, Shard]) -> None:
