@@ -10,12 +10,13 @@ PACKAGE = Path(__file__).parent.parent / "tutelx"
 # Rooms from the ground up; rooms on one floor never import each other.
 FLOORS = [
     {"errors", "machine"},
-    {"types", "env"},
+    {"types", "env", "draws"},
     {"ops"},
     {"comm"},
     {"gates", "experts", "stats", "planner", "testing"},
     {"layer"},
     {"wrapping", "integrations"},
+    {"structure", "losses"},
     {"demo", "bench"},
     {"cli", "__main__"},
 ]

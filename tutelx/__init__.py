@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tutelx import gates, ops
+    from tutelx import gates, losses, ops, structure
     from tutelx.layer import MoE
+    from tutelx.structure import ResidualMoE, SharedExperts, convert_dense
     from tutelx.types import Capacity, Decision, DispatchMap, Plan, Planner, Routing, Workload
     from tutelx.wrapping import unwrap, wrap
 
@@ -18,6 +19,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "MoE": "tutelx.layer",
+    "ResidualMoE": "tutelx.structure",
+    "SharedExperts": "tutelx.structure",
+    "convert_dense": "tutelx.structure",
     "wrap": "tutelx.wrapping",
     "unwrap": "tutelx.wrapping",
     "Capacity": "tutelx.types",
@@ -28,7 +32,7 @@ _HOME = {
     "Routing": "tutelx.types",
     "Workload": "tutelx.types",
 }
-_MODULES = ("errors", "gates", "ops")
+_MODULES = ("errors", "gates", "losses", "ops", "structure")
 
 __all__ = [
     "Capacity",
@@ -37,11 +41,16 @@ __all__ = [
     "MoE",
     "Plan",
     "Planner",
+    "ResidualMoE",
     "Routing",
+    "SharedExperts",
     "Workload",
+    "convert_dense",
     "errors",
     "gates",
+    "losses",
     "ops",
+    "structure",
     "unwrap",
     "wrap",
 ]

@@ -5,6 +5,8 @@ Shapes: T tokens, M model dim, E experts, K choices a token, R rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 
 from tutelx import ops
 from tutelx.errors import InvalidTypeError, InvalidValueError
-from tutelx.experts import BatchedExperts, Experts, FeedForwardExperts, ListedExperts
+from tutelx.experts import BatchedExperts, DroppingExperts, Experts, FeedForwardExperts, ListedExperts
 from tutelx.gates import Gate, GateConfig, TopK, build_gate, by_priority
 from tutelx.ops.activation import Activation
 from tutelx.planner import RulePlanner
@@ -168,6 +170,8 @@ class MoE(MoEBase):
             modules, each called with its rows [n, M], or a module called with padded rows [E, C, M].
         activation: of the built-in experts: silu, gelu, gelu_tanh or relu; default silu if gated, else gelu.
         bias: of the built-in experts.
+        expert_dropout: of the built-in experts' hidden values in training, apart from any dropout around the layer.
+        generator: draws that dropout; None takes torch's own. A gate that draws has a generator in its configuration.
         planner: chooses the plan of each call.
 
     Raises:
@@ -187,6 +191,8 @@ class MoE(MoEBase):
         experts: Literal["gated", "ffn"] | nn.Module = "gated",
         activation: Activation | None = None,
         bias: bool = False,
+        expert_dropout: float = 0.0,
+        generator: torch.Generator | None = None,
         planner: Planner | None = None,
         device=None,
         dtype=None,
@@ -207,6 +213,8 @@ class MoE(MoEBase):
         )
         self.gate = build_gate(TopK() if gate is None else gate, model_dim, num_experts, device=device, dtype=dtype)
         self.experts: Experts
+        if expert_dropout and experts not in ("gated", "ffn"):
+            raise InvalidValueError(f"expert_dropout={expert_dropout} is for built-in experts, not for modules")
         if isinstance(experts, nn.ModuleList):
             if len(experts) != num_experts:
                 raise InvalidValueError(f"experts holds {len(experts)} modules, num_experts={num_experts}")
@@ -217,7 +225,10 @@ class MoE(MoEBase):
             self.experts = BatchedExperts(experts)
         elif experts in ("gated", "ffn"):
             gated = experts == "gated"
-            self.experts = FeedForwardExperts(
+            build: Callable[..., Experts] = FeedForwardExperts
+            if expert_dropout:
+                build = partial(DroppingExperts, p=expert_dropout, generator=generator)
+            self.experts = build(
                 model_dim,
                 hidden_dim,
                 num_experts,

@@ -98,5 +98,5 @@ def test_bad_generators():
     with pytest.raises(TypeError, match=r"generator is int, expected torch.Generator or None"):
         gates.Switch(generator=5)
     gate = build("Switch")
-    with pytest.raises(ValueError, match="generator is on cpu, but the gate's input on meta"):
+    with pytest.raises(ValueError, match="generator is on cpu, but its input on meta"):
         gate.to("meta")(X.to("meta"))

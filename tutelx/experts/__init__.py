@@ -2,6 +2,7 @@
 
 from tutelx.experts.base import Experts
 from tutelx.experts.custom import BatchedExperts, ListedExperts
+from tutelx.experts.dropout import DroppingExperts
 from tutelx.experts.ffn import FeedForwardExperts
 
-__all__ = ["BatchedExperts", "Experts", "FeedForwardExperts", "ListedExperts"]
+__all__ = ["BatchedExperts", "DroppingExperts", "Experts", "FeedForwardExperts", "ListedExperts"]

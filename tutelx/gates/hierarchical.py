@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from tutelx import ops
+from tutelx.draws import check_generator, draws_from
 from tutelx.errors import InvalidValueError
 from tutelx.gates import losses
 from tutelx.gates.base import LinearGate, check_coefficients, check_ints, linear, top_score, wide
-from tutelx.gates.draws import check_generator, draws_from
 from tutelx.gates.groups import check_experts, check_groups
 from tutelx.types import Capacity, Routing
 

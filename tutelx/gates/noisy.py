@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tutelx import ops
+from tutelx.draws import check_generator, draws_from
 from tutelx.gates import losses
 from tutelx.gates.base import LinearGate, check_at_most, check_coefficients, check_ints, linear, top_score, wide
-from tutelx.gates.draws import check_generator, draws_from
 from tutelx.types import Capacity, Routing
 
 

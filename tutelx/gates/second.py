@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from tutelx import ops
+from tutelx.draws import check_generator, draws_from
 from tutelx.errors import InvalidValueError
 from tutelx.gates import losses
 from tutelx.gates.base import (
@@ -19,7 +20,6 @@ from tutelx.gates.base import (
     row_limit,
     top_score,
 )
-from tutelx.gates.draws import check_generator, draws_from
 from tutelx.gates.statistics import expert_counts
 from tutelx.ops.gate import Gated
 from tutelx.types import Capacity, Routing

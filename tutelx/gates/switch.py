@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tutelx import ops
+from tutelx.draws import check_generator, draws_from
 from tutelx.gates import losses
 from tutelx.gates.base import (
     LinearGate,
@@ -20,7 +21,6 @@ from tutelx.gates.base import (
     top_score,
     wide,
 )
-from tutelx.gates.draws import check_generator, draws_from
 from tutelx.gates.statistics import expert_counts
 from tutelx.ops.gate import Gated
 from tutelx.types import Capacity, Routing

@@ -1,4 +1,4 @@
-"""Random numbers of a gate, from a generator that is saved and restored with it."""
+"""Random numbers of a layer, from a generator that is saved and restored with it."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class SavedDraws(Draws):
     def _check(self, like: torch.Tensor) -> None:
         assert self.generator is not None
         if self.generator.device.type != like.device.type:
-            raise InvalidValueError(f"generator is on {self.generator.device}, but the gate's input on {like.device}")
+            raise InvalidValueError(f"generator is on {self.generator.device}, but its input on {like.device}")
         # Activation checkpointing restores torch's own generators before it runs a layer again, and no other one.
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise InvalidValueError(
-                "generator of the gate: the layer runs again inside backward (activation checkpointing) and would draw"
+                "generator: the layer runs again inside backward (activation checkpointing) and would draw"
                 " other numbers than before; use generator=None, whose state checkpointing restores"
             )
 
