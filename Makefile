@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # The version that is tested; tutelx runs with any torch from 2.10 on: make TORCH=torch==2.11.0
 TORCH ?= torch==2.13.0
+# Libraries that are integrated with; the tests of those that are missing are skipped.
+PEERS := "transformers==5.23.0; python_version >= '3.11'" "peft==0.21.2" "accelerate==1.15.0"
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -51,7 +53,7 @@ $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*.* csrc/
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.built
-	$(PIP) install "pytest>=8" "hypothesis>=6"
+	$(PIP) install "pytest>=8" "hypothesis>=6" $(PEERS) "$(TORCH)"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch

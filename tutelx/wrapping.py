@@ -5,8 +5,12 @@ The file is not called `wrap`, so that importing it never hides the function `tu
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -16,7 +20,7 @@ from tutelx.integrations.parity import GRADIENT_TOLERANCE, TOLERANCE, gradients,
 from tutelx.integrations.recognise import is_candidate, recognise
 from tutelx.integrations.replacement import WrappedMoE
 from tutelx.integrations.sandbox import Sandbox
-from tutelx.integrations.spec import Declined, LayerSpec
+from tutelx.integrations.spec import Declined, ExpertsSpec, LayerSpec
 from tutelx.layer import MoEBase
 from tutelx.types import Capacity, Planner
 
@@ -38,7 +42,7 @@ class WrapReport:
 
     name: str
     kind: str
-    spec: LayerSpec | None = None
+    spec: LayerSpec | ExpertsSpec | None = None
     attribute: str | None = None
     reason: str = ""
     already: bool = False
@@ -73,13 +77,15 @@ def wrap(
     verify: bool = False,
     strict: bool = False,
 ) -> nn.Module:
-    """Replaces every MoE layer in `module` that is recognised, in place; :func:`unwrap` undoes it.
+    """Runs every MoE layer in `module` that is recognised, in place; :func:`unwrap` undoes it.
 
-    A replacement holds the very same children: same parameters, same `state_dict` keys, so optimizers and checkpoints
-    go on working and no copy is kept. A layer is recognised by its structure and by its numbers, for which it is run
-    on a few tokens and left as it was. If it is not certain that the numbers stay equal, the layer is left alone and
-    the logger "tutelx" says which attribute had no place; :func:`explain` gives the same as data. Layers that are
-    wrapped already stay as they are.
+    A hand-written layer is replaced. The replacement holds the very same children: same parameters, same `state_dict`
+    keys, so optimizers and checkpoints go on working and no copy is kept. The experts of a transformers model stay the
+    modules that they are, switched one by one in that library's own registry (`tutelx.integrations.transformers`).
+
+    A layer is recognised by its structure and by its numbers, for which it is run on a few tokens and left as it was.
+    If it is not certain that the numbers stay equal, the layer is left alone and the logger "tutelx" says which
+    attribute had no place; :func:`explain` gives the same as data. Layers that are wrapped already stay as they are.
 
     Args:
         module: a model, or an MoE layer itself.
@@ -103,9 +109,15 @@ def wrap(
     if strict and (left := [str(report) for _, report in examined if not report.recognised]):
         raise InvalidValueError("; ".join(left))
     replacements: dict[nn.Module, nn.Module] = {}
+    switched: list[nn.Module] = []
     for layer, report in examined:
         _log.log(logging.INFO if report.recognised else logging.WARNING, "wrap: %s", report)
         if report.spec is None or report.already:
+            continue
+        if isinstance(report.spec, ExpertsSpec):
+            if verify:
+                _verify_experts(layer, report.spec, report)
+            switched.append(layer)
             continue
         wrapped = WrappedMoE(layer, report.spec, capacity=capacity, planner=planner)
         if verify:
@@ -113,11 +125,13 @@ def wrap(
         replacements[layer] = wrapped
     if not any(report.recognised for _, report in examined):
         _log.warning("wrap: nothing in this %s was recognised as an MoE layer", type(module).__name__)
+    for layer in switched:
+        _transformers("registry").switch_on(layer, capacity=capacity, planner=planner)
     return _replace(module, replacements)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Puts back the very layers that :func:`wrap` replaced, in place.
+    """Puts back the very layers that :func:`wrap` replaced, and what ran in those that it switched, in place.
 
     Returns:
         `module`, or the original layer if it is a replacement itself.
@@ -131,24 +145,48 @@ def unwrap(module: nn.Module) -> nn.Module:
         if isinstance(wrapped, WrappedMoE):
             wrapped.original.training = wrapped.training
             originals[wrapped] = wrapped.original
+        elif _is_transformers_loaded():
+            _transformers("registry").switch_off(wrapped)
     return _replace(module, originals)
 
 
 def _examine_all(module: nn.Module) -> list[tuple[nn.Module, WrapReport]]:
     _check_module(module)
     examined: list[tuple[nn.Module, WrapReport]] = []
+    inside: set[nn.Module] = set()
     for name, layer in module.named_modules():
         kind = type(layer).__name__
         if isinstance(layer, WrappedMoE):
             kind = type(layer.original).__name__
             examined.append((layer, WrapReport(name=name, kind=kind, spec=layer.spec, already=True)))
-        elif not isinstance(layer, MoEBase) and is_candidate(layer):
-            try:
-                report = WrapReport(name=name, kind=kind, spec=recognise(layer))
-            except Declined as declined:
-                report = WrapReport(name=name, kind=kind, attribute=declined.attribute, reason=declined.reason)
-            examined.append((layer, report))
+        elif layer in inside or isinstance(layer, MoEBase):
+            continue
+        elif _is_transformers_loaded() and _transformers("recognise").is_candidate(layer):
+            inside.update(layer.modules())
+            already = _transformers("registry").is_registered(layer) and _transformers("registry").is_on(layer)
+            examined.append((layer, _report(name, layer, _transformers("recognise").recognise, already=already)))
+        elif is_candidate(layer):
+            examined.append((layer, _report(name, layer, recognise)))
     return examined
+
+
+def _report(
+    name: str, layer: nn.Module, find: Callable[[nn.Module], LayerSpec | ExpertsSpec], *, already: bool = False
+) -> WrapReport:
+    kind = type(layer).__name__
+    try:
+        return WrapReport(name=name, kind=kind, spec=find(layer), already=already)
+    except Declined as declined:
+        return WrapReport(name=name, kind=kind, attribute=declined.attribute, reason=declined.reason)
+
+
+def _is_transformers_loaded() -> bool:
+    """Without it no model can be of it; a version before 5 has no registry."""
+    return "transformers" in sys.modules and importlib.util.find_spec("transformers.integrations.moe") is not None
+
+
+def _transformers(name: str) -> ModuleType:
+    return importlib.import_module(f"tutelx.integrations.transformers.{name}")
 
 
 def _replace(module: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -180,6 +218,13 @@ def _verify(layer: nn.Module, wrapped: WrappedMoE, report: WrapReport) -> None:
             f"{report.name or 'the module itself'} ({report.kind}): {what} differs by a relative error of {error:.2e},"
             f" tolerance {limit:.0e} ({parameter.dtype})"
         )
+
+
+def _verify_experts(layer: nn.Module, spec: ExpertsSpec, report: WrapReport) -> None:
+    try:
+        _transformers("recognise").verify(layer, spec)
+    except Declined as declined:
+        raise ParityError(f"{report.name or 'the module itself'} ({report.kind}): it {declined.reason}") from None
 
 
 def _check_module(module: object) -> None:

@@ -117,7 +117,7 @@ def test_an_interrupt_before_the_first_row_leaves_valid_files(monkeypatch, tmp_p
     [
         (["encod"], "op 'encod' is none of gate, gate_backward, route, encode, encode_backward, decode"),
         (["--sizes", "T=x"], "T='x' is not a positive whole number"),
-        (["--peers", "tutle"], "peer 'tutle' is none of liger, scattermoe, transformers, tutel"),
+        (["--peers", "tutle"], "peer 'tutle' is none of liger, scattermoe, transformers"),
         (["--tolerance", "0.5"], "tolerance=0.5 must be a finite ratio of at least 1"),
         (["--json", "/nowhere/a.json"], "'/nowhere/a.json' is a folder or lies in none"),
         (["--plot", "."], "'.' is a folder or lies in none"),

@@ -2,14 +2,13 @@
 
 import dataclasses
 import sys
-from types import ModuleType
 
 import pytest
 import torch
 
 from tests.tolerance import relative_error
 from tutelx.bench import rows
-from tutelx.bench.peers import find, transformers
+from tutelx.bench.peers import find
 from tutelx.bench.shapes import Shape
 from tutelx.bench.subject import Way
 from tutelx.bench.subjects import SUBJECTS
@@ -158,22 +157,11 @@ def test_absent_peers_are_named(monkeypatch):
     assert missing == {"tutel": "no module tutel"}
 
 
-def test_the_transformers_peer_hands_over_what_the_library_asks_for(monkeypatch):
-    """A stand-in with the library's signature: a loop over experts with fused weights."""
-
-    def grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights):
-        y = torch.zeros_like(hidden_states)
-        for e in range(self.num_experts):
-            tokens, choices = torch.where(top_k_index == e)
-            hidden = self._apply_gate(hidden_states[tokens] @ self.gate_up_proj[e].T)
-            y = y.index_add(0, tokens, hidden @ self.down_proj[e].T * top_k_weights[tokens, choices, None])
-        return y
-
-    module = ModuleType("transformers.integrations.moe")
-    module.grouped_mm_experts_forward = grouped_mm_experts_forward
-    for name in ("transformers", "transformers.integrations"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", module)
-    row = measure(SUBJECTS["layer"], dtype="float32", peers={"transformers": transformers.ways(CPU)["layer"]})
+@pytest.mark.parametrize("name", ["transformers", "transformers_eager", "transformers_wrapped"])
+def test_the_experts_of_transformers(name):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    found, missing = find((name,), CPU)
+    assert not missing
+    row = measure(SUBJECTS["layer"], dtype="float32", peers=found[name])
     assert (row.status, row.skipped) == ("ok", {})
-    assert row.measured[-1].name == "transformers"
+    assert row.measured[-1].name == name.replace("_", " ")

@@ -80,8 +80,9 @@ def test_an_optimizer_made_before_steps_the_same(make):
             optimizer.zero_grad()
             module(x).square().sum().backward()
             optimizer.step()
+    # AdamW divides by no less than its eps of 1e-8: the last bit of a vanishing gradient, 1e-16, becomes lr * 1e-8.
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter, theirs.get_parameter(name), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(parameter, theirs.get_parameter(name), rtol=1e-9, atol=1e-9)
 
 
 def test_unwrap_gives_back_the_very_modules():

@@ -22,7 +22,9 @@ OPS = (
     "layer",
 )
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-PEERS = ("liger", "scattermoe", "transformers", "tutel")
+# Of "all", those that do not take minutes a row.
+QUICK_PEERS = ("liger", "scattermoe", "transformers", "transformers_wrapped", "tutel")
+PEERS = (*QUICK_PEERS, "transformers_eager")
 DEVICES = ("cpu", "cuda")
 
 
@@ -38,7 +40,7 @@ class Settings:
     ops: tuple[str, ...] = OPS
     shapes: tuple[Shape, ...] = SETS["default"]
     dtypes: tuple[str, ...] = ("float32",)
-    peers: tuple[str, ...] = PEERS
+    peers: tuple[str, ...] = QUICK_PEERS
     device: str | None = None
     seconds: float = 2.0
     threads: int | None = None

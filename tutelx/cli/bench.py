@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tutelx.bench import shapes
-from tutelx.bench.settings import DEVICES, DTYPES, OPS, PEERS, Settings
+from tutelx.bench.settings import DEVICES, DTYPES, OPS, PEERS, QUICK_PEERS, Settings
 from tutelx.cli._interrupts import held_interrupts
 
 NAME = "bench"
@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f" left out is {shapes.Shape()} (default: default)",
     )
     parser.add_argument(
-        "--peers", metavar="NAMES", default="all", help=f"all, none, or some of {','.join(PEERS)} (default: all)"
+        "--peers",
+        metavar="NAMES",
+        default="all",
+        help=f"all ({','.join(QUICK_PEERS)}), none, or some of {','.join(PEERS)} (default: all)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="of torch on the CPU (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="timing of one row (default: 2)")
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    peers = {"all": PEERS, "none": ()}.get(args.peers, tuple(args.peers.split(",")))
+    peers = {"all": QUICK_PEERS, "none": ()}.get(args.peers, tuple(args.peers.split(",")))
     settings = Settings(
         ops=tuple(dict.fromkeys(args.ops)) or OPS,
         shapes=shapes.parse(args.sizes or ["default"]),

@@ -56,3 +56,35 @@ class LayerSpec:
 
     def __str__(self) -> str:
         return f"{self.num_experts} experts {self.formula}, {self.rule}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSpec:
+    """What the experts of a library compute, where the library keeps its own router and calls them with its choice.
+
+    activation: of the compiled kinds, or the name of the module's own method that runs instead.
+    compared: its numbers were compared; False on the meta device, where there are none.
+    """
+
+    num_experts: int
+    model_dim: int
+    hidden_dim: int
+    gated: bool
+    activation: str
+    bias: bool = False
+    transposed: bool = False
+    norm: bool = False
+    compared: bool = True
+
+    def __str__(self) -> str:
+        up, act = "up(x)", self.activation
+        hidden = f"{act}(gate(x), {up})" if act.startswith("_") else f"{act}(gate(x)) * {up}"
+        hidden = hidden if self.gated else f"{act}({up})"
+        formula = f"norm(down({hidden}))" if self.norm else f"down({hidden})"
+        extras = [
+            "biases" if self.bias else "",
+            "weights [in, out]" if self.transposed else "",
+            "" if self.compared else "numbers not compared, as there are none on the meta device",
+        ]
+        sizes = f"{self.num_experts} experts {self.model_dim} -> {self.hidden_dim} -> {self.model_dim}"
+        return ", ".join([f"{sizes}, {formula}", *filter(None, extras)])
