@@ -117,9 +117,8 @@ def outcome(rows: Sequence[Row], planned: int, path: Path) -> dict[str, str]:
         percents = {f"{row.op} {row.shape}": row.percent_of_yardstick()[1] for row in held}
         reached = sum(percent >= TARGET for percent in percents.values())
         worst = min(percents, key=lambda name: percents[name])
-        parts.append(
-            f"{reached} of {len(held)} at {TARGET:.0f}% of a copy or more, least {worst}: {percents[worst]:.0f}%"
-        )
+        parts.append(f"{reached} of {len(held)} at {TARGET:.0f}% of a copy or more")
+        parts.append(f"least {worst}: {percents[worst]:.0f}%")
     wrong = [f"{row.op} {row.shape}" for row in rows if row.status != "ok"]
     if wrong:
         parts.append(f"not measured: {'; '.join(wrong)}")

@@ -56,7 +56,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """results: the folder of the benchmark's record. minutes: after which a stage is stopped. ops: benchmarks to run."""
+    """results: the folder of the benchmarks' record. minutes: after which a stage is stopped. ops: what to measure."""
 
     results: Path
     minutes: float
