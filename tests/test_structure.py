@@ -16,7 +16,7 @@ FLOORS = [
     {"gates", "experts", "stats", "planner", "testing"},
     {"layer"},
     {"wrapping", "integrations"},
-    {"structure", "losses"},
+    {"structure", "losses", "parallel"},
     {"demo", "bench"},
     {"cli", "__main__"},
 ]
