@@ -1,4 +1,5 @@
-"""Builds the extension: the CPU ops always, the CUDA kernels where torch has CUDA and nvcc is there.
+"""Builds the extensions: the CPU ops and the exchange between ranks always, the CUDA kernels where torch has CUDA and
+nvcc is there.
 
 TUTELX_CUDA=1 demands the CUDA build, TUTELX_CUDA=0 forbids it. TORCH_CUDA_ARCH_LIST chooses the architectures.
 """
@@ -49,22 +50,33 @@ def wants_cuda() -> bool:
     return possible and wish != "0"
 
 
-def extension():
-    cxx = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
-    # Without it at::parallel_for runs on one thread. Not for the linker: a second OpenMP library beside the one that
-    # torch brings would have its own threads.
-    cxx += ["-fopenmp"] if torch.backends.openmp.is_available() else ["-Wno-unknown-pragmas"]
-    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+CXX = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+# Without it at::parallel_for runs on one thread. Not for the linker: a second OpenMP library beside the one that torch
+# brings would have its own threads.
+CXX += ["-fopenmp"] if torch.backends.openmp.is_available() else ["-Wno-unknown-pragmas"]
+
+
+def operators():
+    files = ["csrc/ops.cpp", *sources("csrc/cpu/*.cpp")]
     if not wants_cuda():
-        return CppExtension("tutelx._C", files, extra_compile_args={"cxx": cxx}, py_limited_api=True)
+        return CppExtension("tutelx._C", files, extra_compile_args={"cxx": CXX}, py_limited_api=True)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
     return CUDAExtension(
         "tutelx._C",
         files + sources("csrc/cuda/*.cpp", "csrc/kernels/*.cu"),
         include_dirs=[str(ROOT / "csrc" / "kernels")],
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
+        extra_compile_args={"cxx": CXX, "nvcc": ["-O3"]},
         py_limited_api=True,
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)})
+def many_ranks():
+    """Classes that Python holds, so that this one is tied to the Python it was built with."""
+    files = ["csrc/comm.cpp", *sources("csrc/comm/*.cpp")]
+    return CppExtension("tutelx._comm", files, extra_compile_args={"cxx": [*CXX, "-fvisibility=hidden"]})
+
+
+setup(
+    ext_modules=[operators(), many_ranks()],
+    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+)

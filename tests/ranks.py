@@ -55,7 +55,7 @@ class Ranks:
 
         Args:
             job: a function that pickle finds, in a module that the workers can import.
-            ranks: the group's members, in its order; the others only help to make the group. Default: the world.
+            ranks: the group's members, ascending; the others only help to make the group. Default: the world.
             timeout: seconds for the whole job.
             dying: ranks of the world that are meant to die; their result is None, and the world ends with the job.
 
@@ -163,7 +163,6 @@ def _serve(rank: int, world: int, path: str, timeout: float, pipe: Connection) -
         try:
             job, args, ranks = pickle.loads(message)
             if ranks not in groups:
-                # The order given is the order of the group's ranks, which new_group would sort.
                 groups[ranks] = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout))
             torch.manual_seed(0)
             answer = job(groups[ranks], *args) if ranks is None or rank in ranks else None

@@ -14,9 +14,10 @@ FLOORS = [
     {"ops"},
     {"comm"},
     {"gates", "experts", "stats", "planner", "testing"},
+    {"dispatch"},
     {"layer"},
     {"wrapping", "integrations"},
-    {"structure", "losses", "parallel"},
+    {"structure", "losses"},
     {"demo", "bench"},
     {"cli", "__main__"},
 ]

@@ -17,5 +17,13 @@ class ParityError(TutelxError):
     """A wrapped layer does not reproduce the numbers of the layer it replaces."""
 
 
+class RankMismatchError(TutelxError, RuntimeError):
+    """Ranks call one layer on different terms; raised on every rank, naming the ranks, the field and both values."""
+
+
+class RankFailedError(TutelxError, RuntimeError):
+    """Another rank died, failed, did not call or is too late; the process group is of no further use."""
+
+
 class ExtensionError(TutelxError, ImportError):
     """The compiled extension is missing or does not load."""

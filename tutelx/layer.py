@@ -5,21 +5,28 @@ Shapes: T tokens, M model dim, E experts, K choices a token, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from tutelx import ops
+from tutelx.dispatch import Request, dispatch_here, dispatch_over_ranks
 from tutelx.errors import InvalidTypeError, InvalidValueError
-from tutelx.experts import BatchedExperts, DroppingExperts, Experts, FeedForwardExperts, ListedExperts
-from tutelx.gates import Gate, GateConfig, TopK, build_gate, by_priority
+from tutelx.experts import Experts, build_experts
+from tutelx.gates import Gate, GateConfig, TopK, build_gate
 from tutelx.ops.activation import Activation
 from tutelx.planner import RulePlanner
 from tutelx.stats import RoutingStats
-from tutelx.types import Capacity, Decision, DispatchMap, Plan, Planner, Routing, Workload
+from tutelx.types import Capacity, Decision, Plan, Planner
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from tutelx.comm.mesh import MeshLike
+    from tutelx.comm.ranks import Ranks
+    from tutelx.comm.tensor_parallel import TensorParallel
 
 
 class _LastCall:
@@ -58,6 +65,8 @@ class MoEBase(nn.Module):
         self.capacity, self.eval_capacity = capacity, eval_capacity
         self.batch_prioritized = batch_prioritized
         self.planner: Planner = planner if planner is not None else RulePlanner()
+        self.ranks: Ranks | None = None
+        self.tensor_parallel: TensorParallel | None = None
         self._last = _LastCall()
 
     @property
@@ -85,62 +94,45 @@ class MoEBase(nn.Module):
         capacity: Capacity | None = None,
         plan: Plan | None = None,
     ) -> torch.Tensor:
-        x_TM = self._check_input(x).reshape(-1, self.model_dim)
         if capacity is None:
             capacity = self.capacity if self.training or self.eval_capacity is None else self.eval_capacity
-        routing = gate(x_TM, top_k, capacity=capacity, prioritized=self.batch_prioritized)
-        if torch.is_autocast_enabled(x.device.type):
-            x_TM = x_TM.to(torch.get_autocast_dtype(x.device.type))
-        map, decision = self._dispatch(x_TM, routing, capacity, experts, plan)
-        rows_RM = ops.encode(x_TM, map)
-        rows_RM = experts(rows_RM, map, decision.plan)
-        weights_TK = routing.weights if rows_RM.dtype != torch.float64 else routing.weights.to(rows_RM.dtype)
-        y_TM = ops.decode(rows_RM, map, weights_TK)
+        with self._prepared():
+            x_TM = self._check_input(x).reshape(-1, self.model_dim)
+            routing = whole = gate(x_TM, top_k, capacity=capacity, prioritized=self.batch_prioritized)
+            if torch.is_autocast_enabled(x.device.type):
+                x_TM = x_TM.to(torch.get_autocast_dtype(x.device.type))
+            if self.tensor_parallel is not None:
+                x_TM, routing = self.tensor_parallel.share(x_TM, routing)
+        request = Request(
+            x=x_TM,
+            routing=routing,
+            experts=experts,
+            num_experts=self.num_experts,
+            capacity=capacity,
+            batch_prioritized=self.batch_prioritized,
+            planner=self.planner,
+            plan=plan,
+        )
+        step = dispatch_here(request) if self.ranks is None else dispatch_over_ranks(request, self.ranks)
+        decision, call, map = step.decision, step.call, step.map
+        weights_TK = routing.weights
+        if call is None:
+            rows_RM = experts(ops.encode(x_TM, map), map, decision.plan)
+        else:
+            map, weights_TK = call.map, call.spread(weights_TK)
+            rows_RM = experts.across(ops.encode(x_TM, map), call, decision.plan)
+        y_TM = ops.decode(rows_RM, map, weights_TK if rows_RM.dtype != torch.float64 else weights_TK.to(rows_RM.dtype))
+        if self.tensor_parallel is not None:
+            y_TM = self.tensor_parallel.gather(y_TM, whole.expert_ids.shape[0])
 
-        self._last.aux_loss = torch.stack(list(routing.aux_losses.values())).sum() if routing.aux_losses else None
+        self._last.aux_loss = torch.stack(list(whole.aux_losses.values())).sum() if whole.aux_losses else None
         self._last.decision = decision
-        self._last.stats = RoutingStats(map, routing)
+        self._last.stats = RoutingStats(step.map, routing, agreed=step.agreed, call=call)
         return y_TM.reshape(x.shape)
 
-    def _dispatch(
-        self, x_TM: torch.Tensor, routing: Routing, setting: Capacity, experts: Experts, plan: Plan | None
-    ) -> tuple[DispatchMap, Decision]:
-        """Decides how to run, and routes. Routing comes first: the plan depends on what it finds."""
-        tokens, top_k = routing.expert_ids.shape
-        limit = routing.capacity
-        if limit is None:
-            limit = setting.limit(tokens=tokens, top_k=routing.top_k or top_k, num_experts=self.num_experts)
-        order = None
-        if self.batch_prioritized:
-            order = by_priority(routing.weights.amax(dim=1) if routing.priority is None else routing.priority)
-        layout = experts.layouts[0] if plan is None else plan.layout
-        map = ops.route(routing.expert_ids, self.num_experts, limit, layout=layout, order=order)
-        demand = None
-        if plan is None and x_TM.device.type == "cpu" and not torch.compiler.is_compiling():
-            demand = int(map.counts.max())
-        workload = Workload(
-            tokens=tokens,
-            top_k=top_k,
-            num_experts=self.num_experts,
-            model_dim=self.model_dim,
-            hidden_dim=experts.hidden_dim,
-            demand=demand,
-            capacity=limit,
-            dtype=str(x_TM.dtype).removeprefix("torch."),
-            device=x_TM.device.type,
-            training=torch.is_grad_enabled(),
-            threads=torch.get_num_threads(),
-            layouts=experts.layouts,
-            expert_kernels=experts.kernels_for(x_TM),
-        )
-        if plan is not None:
-            decision = Decision(plan=plan, source="call", reason="given with the call", workload=workload)
-        else:
-            decision = self.planner.plan(workload)
-        _check_plan(decision.plan, workload)
-        if decision.plan.layout != map.layout:
-            map = ops.route(routing.expert_ids, self.num_experts, limit, layout=decision.plan.layout, order=order)
-        return map, decision
+    def _prepared(self) -> AbstractContextManager[None]:
+        """Whatever fails in here is told to the other ranks, which would wait."""
+        return nullcontext() if self.ranks is None else self.ranks.announced_failure(next(self.parameters()).device)
 
     def _check_input(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(x, torch.Tensor):
@@ -173,6 +165,13 @@ class MoE(MoEBase):
         expert_dropout: of the built-in experts' hidden values in training, apart from any dropout around the layer.
         generator: draws that dropout; None takes torch's own. A gate that draws has a generator in its configuration.
         planner: chooses the plan of each call.
+        mesh: the ranks that share the experts: a DeviceMesh of one dimension, or of two (nodes, ranks of a node), or a
+            process group. Each holds its share of the weights (`tutelx.comm.placement`), all must make every call, with
+            as many tokens as each likes, none included. The gradients of the experts are those of the sum of the
+            losses of all ranks. A list of modules may hold all E or this rank's own; one module for padded rows runs
+            this rank's own.
+        ranks_per_node: for plans with all_to_all="2dh"; default: the mesh's second dimension, else LOCAL_WORLD_SIZE.
+        tp_group: ranks of the mesh that are given the same tokens: each sends its share, the group gathers y.
 
     Raises:
         InvalidValueError, InvalidTypeError: sizes below 1, k > num_experts, wrong number of expert modules.
@@ -194,6 +193,9 @@ class MoE(MoEBase):
         expert_dropout: float = 0.0,
         generator: torch.Generator | None = None,
         planner: Planner | None = None,
+        mesh: MeshLike | None = None,
+        ranks_per_node: int | None = None,
+        tp_group: dist.ProcessGroup | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -211,35 +213,27 @@ class MoE(MoEBase):
             eval_capacity=eval_capacity,
             batch_prioritized=batch_prioritized,
         )
-        self.gate = build_gate(TopK() if gate is None else gate, model_dim, num_experts, device=device, dtype=dtype)
-        self.experts: Experts
-        if expert_dropout and experts not in ("gated", "ffn"):
-            raise InvalidValueError(f"expert_dropout={expert_dropout} is for built-in experts, not for modules")
-        if isinstance(experts, nn.ModuleList):
-            if len(experts) != num_experts:
-                raise InvalidValueError(f"experts holds {len(experts)} modules, num_experts={num_experts}")
-            self.experts = ListedExperts(experts)
-        elif isinstance(experts, Experts):
-            self.experts = experts
-        elif isinstance(experts, nn.Module):
-            self.experts = BatchedExperts(experts)
-        elif experts in ("gated", "ffn"):
-            gated = experts == "gated"
-            build: Callable[..., Experts] = FeedForwardExperts
-            if expert_dropout:
-                build = partial(DroppingExperts, p=expert_dropout, generator=generator)
-            self.experts = build(
-                model_dim,
-                hidden_dim,
-                num_experts,
-                gated=gated,
-                activation=activation or ("silu" if gated else "gelu"),
-                bias=bias,
-                device=device,
-                dtype=dtype,
+        if mesh is not None or ranks_per_node is not None or tp_group is not None:
+            from tutelx.comm import join  # torch.distributed is for those who need it
+
+            cut = hidden_dim if isinstance(experts, str) and not expert_dropout else None
+            self.ranks, self.tensor_parallel = join(
+                mesh, num_experts=num_experts, hidden_dim=cut, ranks_per_node=ranks_per_node, tp_group=tp_group
             )
-        else:
-            raise InvalidValueError(f"experts={experts!r} is neither 'gated', 'ffn' nor a module")
+        self.gate = build_gate(TopK() if gate is None else gate, model_dim, num_experts, device=device, dtype=dtype)
+        self.experts: Experts = build_experts(
+            experts,
+            model_dim=model_dim,
+            hidden_dim=hidden_dim,
+            num_experts=num_experts,
+            activation=activation,
+            bias=bias,
+            dropout=expert_dropout,
+            generator=generator,
+            ranks=self.ranks,
+            device=device,
+            dtype=dtype,
+        )
 
     def forward(
         self,
@@ -255,15 +249,7 @@ class MoE(MoEBase):
             InvalidValueError: a wrong last dimension, top_k outside [1, E], a plan that the experts cannot run.
             InvalidTypeError: x is no tensor or has another dtype than the weights.
             ValueError: a NaN reached the gate.
+            RankMismatchError, RankFailedError: over many ranks, on each of them: they call on different terms, or one
+                does not call, fails or dies.
         """
         return self._run(x, self.gate, self.experts, top_k=top_k, capacity=capacity, plan=plan)
-
-
-def _check_plan(plan: Plan, workload: Workload) -> None:
-    if plan.layout not in workload.layouts:
-        raise InvalidValueError(f"plan.layout={plan.layout!r}, but these experts run {workload.layouts}")
-    if plan.expert_kernel not in workload.expert_kernels:
-        raise InvalidValueError(
-            f"plan.expert_kernel={plan.expert_kernel!r}, but these experts run {workload.expert_kernels}"
-            f" in {workload.dtype} on {workload.device}"
-        )

@@ -12,11 +12,13 @@ MOST_PADDING = 2  # padded rows a slot
 class FixedPlanner:
     """Always the same plan."""
 
+    same_on_all_ranks = True  # the ranks compare `always` before every call
+
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+        self.always = plan
 
     def plan(self, workload: Workload) -> Decision:
-        return Decision(plan=self._plan, source="fixed", reason="the planner was given this plan", workload=workload)
+        return Decision(plan=self.always, source="fixed", reason="the planner was given this plan", workload=workload)
 
 
 class RulePlanner:
@@ -28,6 +30,8 @@ class RulePlanner:
     On an accelerator, what does not wait for it: grouped products over the rows that arrived; without them a batched
     one, where a capacity bounds what it pads to at most twice the rows; else expert after expert.
     """
+
+    same_on_all_ranks = True
 
     def plan(self, workload: Workload) -> Decision:
         return _on_cpu(workload) if workload.device == "cpu" else _on_accelerator(workload)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
 from tutelx.types import DispatchMap, Routing
+
+if TYPE_CHECKING:
+    from tutelx.comm.agreement import Agreed
+    from tutelx.comm.call import RankCall
 
 
 class Load:
@@ -51,8 +56,15 @@ class Load:
 class RoutingStats:
     """Load and drops of one call; nothing is computed before it is read."""
 
-    def __init__(self, map: DispatchMap, routing: Routing | None = None) -> None:
-        self._map = map
+    def __init__(
+        self,
+        map: DispatchMap,
+        routing: Routing | None = None,
+        *,
+        agreed: Agreed | None = None,
+        call: RankCall | None = None,
+    ) -> None:
+        self._map, self._agreed, self._call = map, agreed, call
         self._requested = None if routing is None else routing.requested
         self._top_k = map.dest.shape[1] if routing is None else routing.top_k or map.dest.shape[1]
         self.capacity = map.capacity
@@ -67,6 +79,29 @@ class RoutingStats:
         """[E] slots that got a row, after all drops."""
         counts = self._map.counts
         return counts if self.capacity is None else counts.clamp_max(self.capacity)
+
+    @property
+    def load_over_ranks(self) -> torch.Tensor:
+        """[W, E] slots of every rank that asked for each expert, before the layer drops any."""
+        return self.tokens_per_expert.unsqueeze(0) if self._agreed is None else self._agreed.counts
+
+    @property
+    def received_over_ranks(self) -> torch.Tensor:
+        """[W, E] slots of every rank that got a row of each expert, after all drops."""
+        if self._agreed is None:
+            return self.received_per_expert.unsqueeze(0)
+        return self._agreed.counts if self.capacity is None else self._agreed.counts.clamp_max(self.capacity)
+
+    @property
+    def bytes_tokens(self) -> int:
+        """Bytes of rows that this rank sent to others; once the backward has run, those of their gradients too."""
+        return 0 if self._call is None else self._call.bytes_tokens
+
+    @property
+    def bytes_weights(self) -> int:
+        """Bytes of weights that this rank sent to others; once the backward has run, also what that gathered, and the
+        gradients sent home."""
+        return 0 if self._call is None else self._call.bytes_weights
 
     @cached_property
     def requested(self) -> Load:

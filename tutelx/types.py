@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Layout = Literal["ragged", "padded"]
 ExpertKernel = Literal["tiled", "bmm", "grouped"]
+AllToAll = Literal["linear", "2dh"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,12 +124,19 @@ class Plan:
     expert_kernel: "tiled" cuts the products into tiles that threads share, or on CUDA runs expert after expert; "bmm"
         is one batched product over the padded layout, for stacked weights; "grouped" one over the rows that arrived.
     tile_rows, tile_columns: the most rows and output columns of one tile.
+    shard_degree: over many ranks (Tutel, section 4.1): 0 gathers all weights and rows stay; r >= 1 sends each row to r
+        of the s ranks that share its expert, which gather the expert's slices in groups of s/r.
+    pipeline_degree: chunks, of which one is computed while another travels.
+    all_to_all: "2dh" sends in two steps, inside the node and between nodes (Tutel, section 3.4).
     """
 
     layout: Layout = "ragged"
     expert_kernel: ExpertKernel = "tiled"
     tile_rows: int = 256
     tile_columns: int = 1024
+    shard_degree: int = 1
+    pipeline_degree: int = 1
+    all_to_all: AllToAll = "linear"
 
     def __post_init__(self) -> None:
         if self.layout not in get_args(Layout):
@@ -137,22 +145,30 @@ class Plan:
             raise InvalidValueError(f"expert_kernel={self.expert_kernel!r} is none of {get_args(ExpertKernel)}")
         if self.expert_kernel == "bmm" and self.layout != "padded":
             raise InvalidValueError(f"expert_kernel='bmm' needs layout='padded', not {self.layout!r}")
-        for name in ("tile_rows", "tile_columns"):
+        if self.all_to_all not in get_args(AllToAll):
+            raise InvalidValueError(f"all_to_all={self.all_to_all!r} is none of {get_args(AllToAll)}")
+        for name, least in (("tile_rows", 1), ("tile_columns", 1), ("shard_degree", 0), ("pipeline_degree", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidValueError(f"{name}={value!r} must be an int of at least 1")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidValueError(f"{name}={value!r} must be an int of at least {least}")
 
     def __str__(self) -> str:
         kernel = f"{self.tile_rows}x{self.tile_columns}" if self.expert_kernel == "tiled" else self.expert_kernel
-        return f"{self.layout}/{kernel}"
+        ranks = "" if self.shard_degree == 1 else f"/r{self.shard_degree}"
+        ranks += "" if self.pipeline_degree == 1 else f"/d{self.pipeline_degree}"
+        ranks += "" if self.all_to_all == "linear" else f"/{self.all_to_all}"
+        return f"{self.layout}/{kernel}{ranks}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """What a planner knows of one call.
 
-    demand: the fullest expert's slots, before any drop; None where reading it would stall the device.
-    layouts, expert_kernels: what the experts can run.
+    tokens, threads: over many ranks, the most tokens and the fewest threads of any rank.
+    demand: the fullest expert's slots, before any drop, over many ranks those from one rank; None where reading it
+        would stall the device.
+    layouts, expert_kernels, shard_degrees, all_to_alls: what can run.
+    world: ranks that share the experts. load: each expert's slots from all ranks, before any drop; empty if unknown.
     """
 
     tokens: int
@@ -168,6 +184,11 @@ class Workload:
     threads: int
     layouts: tuple[Layout, ...] = ("ragged", "padded")
     expert_kernels: tuple[ExpertKernel, ...] = ("tiled",)
+    shard_degrees: tuple[int, ...] = (1,)
+    all_to_alls: tuple[AllToAll, ...] = ("linear",)
+    world: int = 1
+    ranks_per_node: int | None = None
+    load: tuple[int, ...] = ()
 
     @property
     def needed_capacity_factor(self) -> float | None:
@@ -180,15 +201,23 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """A plan, where it came from, and why."""
+    """A plan, where it came from, and why.
+
+    exchange: over many ranks, what really ran between them.
+    """
 
     plan: Plan
     source: str
     reason: str
     workload: Workload
+    exchange: str = ""
 
 
 class Planner(Protocol):
-    """Chooses how a call runs. Must be quick: it is asked on every call."""
+    """Chooses how a call runs. Must be quick: it is asked on every call.
+
+    Over many ranks all must choose alike. A planner whose `plan` is a function of the workload alone may say so with
+    an attribute `same_on_all_ranks = True`; any other costs a second small message a call, which makes sure.
+    """
 
     def plan(self, workload: Workload) -> Decision: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -34,6 +35,15 @@ class Mesh:
     def global_ranks(self) -> tuple[int, ...]:
         """The default group's rank of each rank of this group."""
         return tuple(dist.get_process_group_ranks(self.group))
+
+    @property
+    def timeout(self) -> timedelta | None:
+        """How long the group waits for a rank; None where its backend does not say."""
+        for device in self.group._device_types:
+            options = getattr(self.group._get_backend(device), "options", None)
+            if options is not None:
+                return options._timeout
+        return None
 
     def check_nodes(self) -> int:
         """ranks_per_node, for what needs it.
@@ -67,7 +77,7 @@ def as_mesh(mesh: MeshLike | None, *, ranks_per_node: int | None = None) -> Mesh
     columns = None
     group: Any = mesh
     if _is_device_mesh(mesh):
-        shape = tuple(mesh.shape)
+        shape = tuple(mesh.shape)  # type: ignore[union-attr]
         if len(shape) > 2:
             raise InvalidValueError(f"mesh has shape {shape}, expected one or two dimensions; take mesh['name']")
         columns = shape[1] if len(shape) == 2 else None

@@ -46,8 +46,12 @@ class Placement:
 
     def slice_of(self, rank: int) -> range:
         """The part of the hidden dimension that the rank owns of each of its experts; may be empty."""
+        return self.part_of(rank, self.hidden_dim or 0)
+
+    def part_of(self, rank: int, size: int) -> range:
+        """The part that the rank owns of a dimension of another size that is sliced in the same way."""
         self._check_rank(rank)
-        return chunk(self.hidden_dim or 0, self.slices, rank % self.slices)
+        return chunk(size, self.slices, rank % self.slices)
 
     def ranks_of(self, expert: int) -> range:
         """The s ranks that own the expert, in the order of its slices."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from tutelx.types import DispatchMap, ExpertKernel, Layout, Plan
+
+if TYPE_CHECKING:
+    from tutelx.comm.call import RankCall
+    from tutelx.comm.placement import Placement
 
 
 class Experts(nn.Module):
@@ -22,3 +28,18 @@ class Experts(nn.Module):
     def forward(self, rows: torch.Tensor, map: DispatchMap, plan: Plan) -> torch.Tensor:
         """rows [R, M] -> [R, M]."""
         raise NotImplementedError
+
+    def across(self, rows: torch.Tensor, call: RankCall, plan: Plan) -> torch.Tensor:
+        """Over many ranks, where this module holds this rank's experts: rows [R, M] in the call's order -> [R, M]."""
+        from tutelx.comm.pipeline import run_modules
+
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return run_modules(call, rows, lambda arrived, map: self(arrived, map, plan), parameters, plan)
+
+    def shard_degrees(self, placement: Placement) -> tuple[int, ...]:
+        """The degrees that can run; modules that nobody can cut or gather stay where they are."""
+        return (1,)
+
+    def describe(self) -> str:
+        """What must be equal on all ranks, in at most 24 letters."""
+        return type(self).__name__[:24]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from tutelx import ops
 from tutelx.draws import check_generator, draws_from
 from tutelx.errors import InvalidValueError
+from tutelx.experts.base import Experts
 from tutelx.experts.ffn import FeedForwardExperts
 from tutelx.types import DispatchMap, ExpertKernel, Plan
+
+if TYPE_CHECKING:
+    from tutelx.comm.call import RankCall
+    from tutelx.comm.placement import Placement
 
 
 class DroppingExperts(FeedForwardExperts):
@@ -46,6 +53,14 @@ class DroppingExperts(FeedForwardExperts):
         kept = self.draws.uniform(hidden.shape, hidden) >= self.p
         hidden = hidden * kept * (1 / (1 - self.p))
         return ops.expert_linear(hidden, map, weights.down, weights.down_bias, **tiles)
+
+    def across(self, rows: torch.Tensor, call: RankCall, plan: Plan) -> torch.Tensor:
+        if not (self.training and self.p):
+            return super().across(rows, call, plan)
+        return Experts.across(self, rows, call, plan)
+
+    def shard_degrees(self, placement: Placement) -> tuple[int, ...]:
+        return (1,)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout={self.p}"

@@ -1,0 +1,79 @@
+"""Every plan over gloo against one process in plain torch: outputs, all gradients, equal bits when repeated."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.comm.cases import Case, check, run_cases
+from tutelx import Plan
+from tutelx.comm.placement import Placement
+
+TOKENS = {1: (9,), 2: (5, 8), 4: (5, 7, 0, 9)}
+# What else varies, taken in turns, so that every value meets many plans.
+TURNS = [
+    {"experts": "gated", "bias": True},
+    {"experts": "ffn", "bias": True, "capacity": 0.75},
+    {"experts": "gated", "bias": False, "dtype": torch.float32},
+    {"experts": "ffn", "bias": False, "capacity": 1.5, "hidden_dim": 6},
+    {"experts": "gated", "bias": True, "hidden_dim": 3, "capacity": 1.0},
+]
+
+
+def plans(degrees: tuple[int, ...]) -> list[Plan]:
+    kinds = [
+        {"layout": "ragged"},
+        {"layout": "padded", "expert_kernel": "bmm"},
+        {"layout": "ragged", "tile_rows": 2, "tile_columns": 3},
+        {"layout": "padded"},
+    ]
+    found = []
+    for n, (degree, d) in enumerate(itertools.product(degrees, (1, 2, 4, 8))):
+        if degree > 0:
+            found += [Plan(shard_degree=degree, pipeline_degree=d, **kinds[(n + i) % 4]) for i in (0, 1)]
+        elif d == 1:
+            found += [Plan(shard_degree=0, **kind) for kind in kinds]
+    return found
+
+
+def cases(world: int, num_experts: int) -> list[Case]:
+    degrees = Placement(num_experts=num_experts, hidden_dim=8, world=world).degrees()
+    turns = itertools.cycle(TURNS)
+    for _ in range(num_experts):
+        next(turns)
+    return [Case(tokens=TOKENS[world], num_experts=num_experts, plan=plan, **next(turns)) for plan in plans(degrees)]
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 4, 6, 8])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_plan(ranks, world, num_experts):
+    linear = cases(world, num_experts)
+    answers = ranks(world).run(run_cases, linear, True)
+    for n, case in enumerate(linear):
+        check(case, [answer[n] for answer in answers])
+    # The hierarchical exchange gives the bits of the linear one, on nodes of one, two and, where there are, more ranks.
+    per_node = [m for m in (1, 2, 4) if m <= world]
+    pairs = [(n, case) for n, case in enumerate(linear) if case.plan.shard_degree > 0]
+    twins = [
+        replace(case, plan=replace(case.plan, all_to_all="2dh"), ranks_per_node=2 if world == 4 and i % 4 else m)
+        for i, ((_, case), m) in enumerate(zip(pairs, itertools.cycle(per_node)))
+    ]
+    others = ranks(world).run(run_cases, twins)
+    for rank, (given, wanted) in enumerate(zip(others, answers)):
+        for (n, _), answer, twin in zip(pairs, given, twins):
+            m = twin.ranks_per_node
+            assert answer.exchange == f"2dh over {world // m} nodes of {m} ranks (given)"
+            assert torch.equal(answer.y, wanted[n].y), (rank, twin)
+            assert torch.equal(answer.grad_x, wanted[n].grad_x), (rank, twin)
+            for name, gradient in answer.gradients.items():
+                assert torch.equal(gradient, wanted[n].gradients[name]), (rank, name, twin)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision(ranks, dtype):
+    # Both of two experts: rounding cannot change the choice.
+    plans = [Plan(), Plan(shard_degree=2, pipeline_degree=2), Plan(shard_degree=0), Plan(all_to_all="2dh")]
+    low = [Case(tokens=(5, 7, 0, 9), num_experts=2, plan=plan, dtype=dtype, ranks_per_node=2) for plan in plans]
+    for case, answers in zip(low, zip(*ranks(4).run(run_cases, low))):
+        check(case, answers)
