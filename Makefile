@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install demo bench test test-all lint format clean
+.PHONY: install demo bench test test-all gpu-check lint format clean
 install: $(VENV)/.built
 
 demo: install
@@ -24,6 +24,11 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# On a machine with a GPU, in the Python that is there (torch with CUDA, nvcc, pytest); downloads nothing.
+# STAGE="build tests sanitizer bench": some of them. OPS="encode decode": benchmarks. RESULTS=folder of the record.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(STAGE) $(if $(RESULTS),--results $(RESULTS)) $(if $(OPS),--ops $(OPS))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ FLOORS = [
     {"dispatch"},
     {"layer"},
     {"wrapping", "integrations"},
-    {"structure", "losses"},
+    {"structure", "losses", "parallel"},
     {"demo", "bench"},
     {"cli", "__main__"},
 ]

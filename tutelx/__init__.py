@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tutelx import gates, losses, ops, structure
+    from tutelx import gates, losses, ops, parallel, structure
     from tutelx.layer import MoE
     from tutelx.structure import ResidualMoE, SharedExperts, convert_dense
     from tutelx.types import Capacity, Decision, DispatchMap, Plan, Planner, Routing, Workload
@@ -32,7 +32,7 @@ _HOME = {
     "Routing": "tutelx.types",
     "Workload": "tutelx.types",
 }
-_MODULES = ("errors", "gates", "losses", "ops", "structure")
+_MODULES = ("errors", "gates", "losses", "ops", "parallel", "structure")
 
 __all__ = [
     "Capacity",
@@ -50,6 +50,7 @@ __all__ = [
     "gates",
     "losses",
     "ops",
+    "parallel",
     "structure",
     "unwrap",
     "wrap",

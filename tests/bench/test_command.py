@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from tutelx.bench import figure, machine, suite
-from tutelx.bench.settings import OPS
+from tutelx.bench.settings import GATES, OPS, chosen_ops
 from tutelx.bench.subjects import SUBJECTS
 from tutelx.cli import main
 
@@ -49,6 +49,12 @@ def test_every_op_to_json_and_picture(tmp_path, capsys):
         assert f"\n{op} " in shown
     assert "% of copy" in shown
     assert "% of GEMMs" in shown
+
+
+def test_gate_stands_for_every_gate():
+    assert chosen_ops([]) == OPS
+    assert chosen_ops(["route", "gate", "gate_switch", "route"]) == ("route", "gate", *GATES)
+    assert chosen_ops(["gate_switch"]) == ("gate_switch",)
 
 
 def test_chosen_ops_sizes_and_dtypes(tmp_path):

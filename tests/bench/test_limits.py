@@ -16,6 +16,8 @@ SHAPE = Shape(T=8, D=16, K=2, E=4, H=32)
         (limits.gate, 2, 32 * 2 + 16 * 8),
         (limits.gate, 8, 32 * 8 + 16 * 12),
         (limits.gate_backward, 2, 2 * 32 * 2 + 16 * 8),
+        # the three of them
+        (limits.gate_and_route, 4, (128 + 128) + 192 + (256 + 128)),
         # ids, dest, source: 16 each
         (limits.route, 2, 3 * 16 * 4),
         # 8 tokens and 16 rows of 16 elements

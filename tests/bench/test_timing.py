@@ -1,8 +1,9 @@
 """The timing core, with a clock that says what each call takes."""
 
 import pytest
+import torch
 
-from tutelx.bench.timing import LEAST_SAMPLES, MOST_CALLS, Contender, Stats, in_turns
+from tutelx.bench.timing import LEAST_SAMPLES, MOST_CALLS, MOST_ROUNDS, Contender, CudaClock, Stats, in_turns
 
 
 class Laboratory:
@@ -106,3 +107,19 @@ def test_stats_by_hand():
     assert (stats.q1, stats.median, stats.q3, stats.iqr) == (2.0, 3.0, 4.0, 2.0)
     assert (stats.n, stats.calls_per_sample) == (5, 2)
     assert Stats.of([7.0], calls=1).iqr == 0
+
+
+def test_rounds_end_where_samples_are_short():
+    laboratory = Laboratory(a=1e-3)
+    a = laboratory.contender("a", [0])
+    in_turns([a], laboratory.clock, 100.0)
+    assert len(a.samples) == MOST_ROUNDS
+
+
+def test_a_device_clock_keeps_outputs_up_to_a_size():
+    clock = CudaClock(keep=100)
+    for _ in range(3):
+        clock.hold((torch.zeros(5), torch.zeros(5)))  # 40 bytes
+    assert [size for size, _ in clock._outputs] == [40, 40]
+    clock.hold(torch.zeros(30))  # 120 bytes are more than it may keep
+    assert (len(clock._outputs), clock._bytes) == (0, 0)

@@ -8,8 +8,8 @@ from tutelx.comm.placement import Placement
 from tutelx.comm.shards import Shard, hold_shards
 
 M, H = 3, 5
-# The dimension that is cut where an expert has several ranks; down_bias is held whole by each of them.
-SHAPES = {"up": ((H, M), 1), "down": ((M, H), 2), "up_bias": ((H,), 1), "down_bias": ((M,), None)}
+# With the dimension that is cut where an expert has several ranks.
+SHAPES = {"up": ((H, M), 1), "down": ((M, H), 2), "up_bias": ((H,), 1), "down_bias": ((M,), 1)}
 
 
 def whole_tensors(num_experts: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -28,9 +28,8 @@ def parts(whole: dict[str, torch.Tensor], world: int, rank: int) -> dict[str, to
 
     found = {}
     for name, tensor in whole.items():
-        dim = SHAPES[name][1]
         own = nth(tensor, world // slices, rank // slices, 0)
-        found[name] = own if dim is None else nth(own, slices, rank % slices, dim)
+        found[name] = nth(own, slices, rank % slices, SHAPES[name][1])
     return found
 
 
@@ -43,7 +42,7 @@ class LocalExperts(nn.Module):
         mesh = None if group is None else as_mesh(group)
         own = parts(whole, 1 if mesh is None else mesh.world, 0 if mesh is None else mesh.rank)
         for name, tensor in own.items():
-            self.register_parameter(name, nn.Parameter(tensor.clone()))
+            self.register_parameter(name, nn.Parameter(tensor.clone(memory_format=torch.contiguous_format)))
         if mesh is not None:
             placement = Placement(num_experts=num_experts, hidden_dim=H, world=mesh.world)
             hold_shards(

@@ -87,3 +87,5 @@ def test_what_is_declared_must_be_held():
     module.up = torch.nn.Parameter(torch.zeros(3, 5, 3))
     with pytest.raises(InvalidValueError, match=r"up has shape \(3, 5, 3\), but rank 1 of 4 holds \(2, 5, 3\)"):
         hold_shards(module, {"up": Shard(mesh=mesh, placement=placement, shape=(8, 5, 3), sliced_dim=1)})
+    with pytest.raises(InvalidValueError, match="sliced_dim=None, but each expert has 2 ranks"):
+        Shard(mesh=mesh, placement=Placement(num_experts=2, hidden_dim=5, world=4), shape=(2, 5, 3))

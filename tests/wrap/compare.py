@@ -18,7 +18,7 @@ def run(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torc
     leaf = x.detach().clone().requires_grad_()
     y = layer(leaf)
     if y.requires_grad:
-        (y * tokens(*y.shape, dtype=y.dtype, seed=2)).sum().backward()
+        (y * tokens(*y.shape, dtype=y.dtype, seed=2).to(y.device)).sum().backward()
     grads = {"x": leaf.grad, **{name: p.grad for name, p in layer.named_parameters()}}
     return y.detach(), {name: g if g is None else g.clone() for name, g in grads.items()}
 

@@ -22,6 +22,11 @@ def gate_backward(shape: Shape, S: int) -> int:
     return 2 * S * shape.T * shape.E + (INDEX + _wide(S)) * shape.rows
 
 
+def gate_and_route(shape: Shape, S: int) -> int:
+    """A gate, its map and its gradient: what the ops of these names must move, added up."""
+    return gate(shape, S) + route(shape, S) + gate_backward(shape, S)
+
+
 def route(shape: Shape, S: int) -> int:
     """Expert ids in, `dest` and `source` out."""
     return 3 * INDEX * shape.rows

@@ -42,7 +42,9 @@ def last_level_cache(device: torch.device) -> int:
 
 def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch holds in reserve is free as well.
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
     return _meminfo("MemAvailable") or FALLBACK_MEMORY
 
 
@@ -64,7 +66,12 @@ def describe(device: torch.device, *, threads: int | None = None) -> dict[str, A
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        machine |= {"device_memory": properties.total_memory, "multiprocessors": properties.multi_processor_count}
+        machine |= {
+            "device_memory": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+        }
     return machine
 
 

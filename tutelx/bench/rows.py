@@ -93,10 +93,15 @@ def _measure(
     dtype = getattr(torch, row.dtype)
     row.must_move = subject.must_move(row.shape, dtype.itemsize)
     row.flops = None if subject.flops is None else subject.flops(row.shape)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # blocks of the last row's sizes would only stand in the way
     memory = machine.available_memory(device)
     if row.must_move > MOST_MEMORY * memory:
         raise InvalidValueError(f"moves {row.must_move / 1e9:.1f} GB, of {memory / 1e9:.1f} GB available")
-    inputs = rotation.to_device(subject.make(row.shape, dtype), device)
+    # Large inputs are made where they are wanted; a CPU would take longer to draw them than to time all the rest.
+    with device:
+        made = subject.make(row.shape, dtype)
+    inputs = rotation.to_device(made, device)
     ways = _agreeing_ways(row, subject, inputs, peers)
     contenders = _contenders(row, subject, inputs, ways, device)
     in_turns([contender for _, contender in contenders], clock, seconds)

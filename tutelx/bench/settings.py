@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tutelx.bench.shapes import SETS, Shape
@@ -21,11 +23,31 @@ OPS = (
     "expert_ffn",
     "layer",
 )
+# Whole gates against their textbook form: `tutelx bench gate` times them too, a run of all ops does not.
+GATES = (
+    "gate_topk",
+    "gate_noisy_topk",
+    "gate_gshard",
+    "gate_switch",
+    "gate_st_moe",
+    "gate_cosine",
+    "gate_expert_choice",
+    "gate_group_limited",
+    "gate_bias_balanced",
+    "gate_top_p",
+    "gate_hierarchical",
+)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Of "all", those that do not take minutes a row.
 QUICK_PEERS = ("liger", "scattermoe", "transformers", "transformers_wrapped", "tutel")
 PEERS = (*QUICK_PEERS, "transformers_eager")
 DEVICES = ("cpu", "cuda")
+
+
+def chosen_ops(names: Sequence[str]) -> tuple[str, ...]:
+    """What the names of a command line stand for: all ops for none, and `gate` for the op and every whole gate."""
+    each = (("gate", *GATES) if name == "gate" else (name,) for name in names)
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(each))) or OPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +68,7 @@ class Settings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        known = {"ops": OPS, "dtypes": DTYPES, "peers": PEERS}
+        known = {"ops": OPS + GATES, "dtypes": DTYPES, "peers": PEERS}
         for name, allowed in known.items():
             for value in getattr(self, name):
                 if value not in allowed:

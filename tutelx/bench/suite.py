@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tutelx.bench import peers
+from tutelx.bench.machine import last_level_cache
 from tutelx.bench.rows import Row, measure
 from tutelx.bench.settings import Settings
 from tutelx.bench.shapes import Shape
@@ -50,7 +51,7 @@ class Suite:
                     device=self.device,
                     peers={name: ways[op] for name, ways in found.items() if op in ways},
                     seconds=self.settings.seconds,
-                    clock=clock_for(self.device),
+                    clock=clock_for(self.device, last_level_cache(self.device)),
                 )
                 self.rows.append(row)
                 after(row)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from tutelx.bench.rotation import CACHE_MULTIPLE, size_of
 
 # Runs calls back to back and returns the seconds that all of them took.
 Clock = Callable[[Sequence[Callable[[], Any]]], float]
@@ -17,7 +20,9 @@ Clock = Callable[[Sequence[Callable[[], Any]]], float]
 SHORTEST_SAMPLE = 200e-6  # seconds; shorter calls are timed several at a time
 MOST_CALLS = 64  # of one sample
 LEAST_SAMPLES = 3  # of the contenders that always run, whatever the time budget says
-_SPIN_CYCLES = 1_000_000  # keeps the GPU busy for about half a millisecond while the calls are queued
+MOST_ROUNDS = 1000  # enough for quartiles; set-up takes several times as long as the shortest samples
+# Keep the GPU busy while the calls are queued: about half a millisecond, and 50 microseconds more for each.
+_SPIN_CYCLES, _SPIN_CYCLES_A_CALL = 1_000_000, 100_000
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ def in_turns(contenders: Sequence[Contender], clock: Clock, seconds: float) -> N
     share = 1.5 / len(contenders)
     for done in itertools.count():
         elapsed = sum(spent.values())
-        if elapsed >= seconds and done >= LEAST_SAMPLES:
+        if (elapsed >= seconds and done >= LEAST_SAMPLES) or done >= MOST_ROUNDS:
             return
         for contender in contenders:
             late = elapsed >= seconds or spent[contender.name] > share * elapsed
@@ -108,18 +113,37 @@ def cpu_clock(calls: Sequence[Callable[[], Any]]) -> float:
     return time.perf_counter() - begin
 
 
-def cuda_clock(calls: Sequence[Callable[[], Any]]) -> float:
+class CudaClock:
     """Between two events on the device. It spins first, so that short kernels are queued before the clock starts; a
-    call that waits for the device is timed with its waits."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(_SPIN_CYCLES)
-    begin.record()
-    for call in calls:
-        call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    call that waits for the device is timed with its waits.
+
+    keep: bytes of outputs that stay alive, so that the next call writes elsewhere: torch would hand out the block just
+        freed, and what was written to it would still lie in the device's cache.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._outputs: deque[tuple[int, Any]] = deque()
+        self._bytes = 0
+
+    def __call__(self, calls: Sequence[Callable[[], Any]]) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(_SPIN_CYCLES + _SPIN_CYCLES_A_CALL * len(calls))
+        begin.record()
+        for call in calls:
+            self.hold(call())
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def hold(self, output: Any) -> None:
+        size = size_of(output)
+        self._outputs.append((size, output))
+        self._bytes += size
+        while self._bytes > self._keep:
+            self._bytes -= self._outputs.popleft()[0]
 
 
-def clock_for(device: torch.device) -> Clock:
-    return cuda_clock if device.type == "cuda" else cpu_clock
+def clock_for(device: torch.device, cache: int) -> Clock:
+    """cache: bytes of the device's last-level cache."""
+    return CudaClock(CACHE_MULTIPLE * cache) if device.type == "cuda" else cpu_clock

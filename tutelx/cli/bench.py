@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tutelx.bench import shapes
-from tutelx.bench.settings import DEVICES, DTYPES, OPS, PEERS, QUICK_PEERS, Settings
+from tutelx.bench.settings import DEVICES, DTYPES, GATES, OPS, PEERS, QUICK_PEERS, Settings, chosen_ops
 from tutelx.cli._interrupts import held_interrupts
 
 NAME = "bench"
@@ -14,7 +14,12 @@ HELP = "time the operators against copies, plain torch and other libraries"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)} (default: all)")
+    parser.add_argument(
+        "ops",
+        nargs="*",
+        metavar="op",
+        help=f"of {', '.join(OPS)} (default: all), or {', '.join(GATES)}; gate stands for the op and all of these",
+    )
     parser.add_argument("--device", choices=DEVICES, help="default: cuda if torch finds one, else cpu")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable (default: float32)")
     parser.add_argument(
@@ -48,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     peers = {"all": QUICK_PEERS, "none": ()}.get(args.peers, tuple(args.peers.split(",")))
     settings = Settings(
-        ops=tuple(dict.fromkeys(args.ops)) or OPS,
+        ops=chosen_ops(args.ops),
         shapes=shapes.parse(args.sizes or ["default"]),
         dtypes=tuple(dict.fromkeys(args.dtype or ["float32"])),
         peers=peers,

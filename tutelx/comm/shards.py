@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tutelx.comm.mesh import Mesh
-from tutelx.comm.placement import Placement
+from tutelx.comm.placement import Placement, chunk
 from tutelx.comm.subgroups import subgroup
 from tutelx.errors import InvalidTypeError, InvalidValueError
 
@@ -24,7 +24,10 @@ class Shard:
     """One parameter among the ranks of `mesh`.
 
     shape: of the whole tensor, [E, ...].
-    sliced_dim: the dimension that is cut into the experts' slices; None if each of the s ranks holds all of it.
+    sliced_dim: the dimension that is cut, as `torch.chunk` cuts, where an expert has s > 1 ranks.
+
+    Raises:
+        InvalidValueError: experts are sliced, and `sliced_dim` is None.
     """
 
     mesh: Mesh
@@ -32,10 +35,9 @@ class Shard:
     shape: tuple[int, ...]
     sliced_dim: int | None = None
 
-    @property
-    def copies(self) -> int:
-        """How many ranks of the mesh hold this very part."""
-        return self.placement.slices if self.sliced_dim is None else 1
+    def __post_init__(self) -> None:
+        if self.sliced_dim is None and self.placement.slices > 1:
+            raise InvalidValueError(f"sliced_dim=None, but each expert has {self.placement.slices} ranks")
 
     @property
     def index(self) -> tuple[slice, ...]:
@@ -43,8 +45,9 @@ class Shard:
         own = self.placement.experts_of(self.mesh.rank)
         index = [slice(0, size) for size in self.shape]
         index[0] = slice(own.start, own.stop)
-        if self.sliced_dim is not None and self.placement.slices > 1:
-            part = self.placement.part_of(self.mesh.rank, self.shape[self.sliced_dim])
+        slices = self.placement.slices
+        if self.sliced_dim is not None and slices > 1:
+            part = chunk(self.shape[self.sliced_dim], slices, self.mesh.rank % slices)
             index[self.sliced_dim] = slice(part.start, part.stop)
         return tuple(index)
 
@@ -96,10 +99,9 @@ class Shard:
     def _placements(self) -> tuple[Any, ...]:
         from torch.distributed import tensor
 
-        if self.placement.slices == 1:
+        if self.placement.slices == 1 or self.sliced_dim is None:
             return (tensor.Shard(0),)
-        within = tensor.Replicate() if self.sliced_dim is None else tensor.Shard(self.sliced_dim)
-        return tensor.Shard(0), within
+        return tensor.Shard(0), tensor.Shard(self.sliced_dim)
 
     def _device_mesh(self, device_type: str) -> Any:
         """[W], or [E, s] where experts are sliced."""

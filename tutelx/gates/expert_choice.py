@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tutelx import ops
 from tutelx.errors import InvalidValueError
 from tutelx.gates.base import LinearGate, check_at_most, check_ints, row_limit, wide
 from tutelx.gates.statistics import expert_counts
@@ -22,7 +23,8 @@ class ExpertChoice:
     looks at the whole batch, later tokens of a sequence included: not for autoregressive generation. Over ranks, each
     expert chooses among the tokens of each rank.
 
-    `ops.gate` is not used: it chooses along experts, and this choice goes along tokens. `ops.route` is.
+    On CPU `ops.gate` chooses, along tokens instead of experts. Elsewhere a stable sort does: the compiled gate has a
+    limit of entries there that a batch exceeds.
 
     k: K, the experts a token has on average (the paper's capacity factor c).
     fp32_router: the router computes in float32 whatever the layer's dtype.
@@ -71,12 +73,18 @@ class ExpertChoiceGate(LinearGate):
         rows = row_limit(capacity, tokens=tokens, top_k=k, num_experts=num_experts)
         if rows is None:
             rows = max(1, math.ceil(k * tokens / num_experts))
-        chosen = scores.detach().T.sort(dim=1, descending=True, stable=True).indices[:, : min(rows, tokens)]
-        expert_ids = _by_token(chosen, tokens)
+        expert_ids = _by_token(_best_tokens(scores.detach(), min(rows, tokens)), tokens)
         weights = scores.gather(1, expert_ids.clamp_min(0).long()).masked_fill(expert_ids < 0, 0.0)
         return Routing(
             expert_ids=expert_ids, weights=weights, logits=logits, top_k=k, capacity=max(1, min(rows, tokens))
         )
+
+
+def _best_tokens(scores: torch.Tensor, rows: int) -> torch.Tensor:
+    """[E, C], each expert's best tokens, best first; of equal ones the earlier."""
+    if scores.device.type == "cpu" and rows:
+        return ops.gate(scores.T, rows, normalize=False).expert_ids.long()
+    return scores.T.sort(dim=1, descending=True, stable=True).indices[:, :rows]
 
 
 def _by_token(chosen: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ def gate(logits: torch.Tensor, top_k: int, *, score: Score = "softmax", normaliz
 
     Raises:
         InvalidValueError: top_k outside [1, E]. ValueError: on CPU, a logit that is NaN or +inf, or a token without
-        a finite one.
+        a finite one. CUDA would have to wait to raise: NaN comes last there, and shows in logsumexp and score_sum.
     """
     check_tensor(logits, "logits", dim=2)
     check_floating(logits, "logits")

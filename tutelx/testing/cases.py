@@ -39,8 +39,12 @@ ODD_CASES = [
 
 
 def expert_ids(case: Case, seed: int = 0) -> torch.Tensor:
-    """[T, K] int32, distinct within a token before skew and unused slots are put in."""
-    generator = torch.Generator().manual_seed(seed)
+    """[T, K] int32 on the CPU, distinct within a token before skew and unused slots are put in."""
+    with torch.device("cpu"):
+        return _expert_ids(case, torch.Generator().manual_seed(seed))
+
+
+def _expert_ids(case: Case, generator: torch.Generator) -> torch.Tensor:
     noise = torch.rand((case.tokens, case.num_experts), generator=generator)
     ids = noise.argsort(dim=1)[:, : case.top_k].int()
     ids[torch.rand(ids.shape, generator=generator) < case.skew] = 0
@@ -49,8 +53,12 @@ def expert_ids(case: Case, seed: int = 0) -> torch.Tensor:
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, grad: bool = False) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+    """Normal numbers, on torch's default device: other numbers on another kind of device."""
+    device = torch.get_default_device()
+    generator = torch.Generator(device).manual_seed(seed)
+    # In double precision the largest benchmarks would not fit on an accelerator.
+    drawn = torch.float64 if device.type == "cpu" else torch.promote_types(dtype, torch.float32)
+    return torch.randn(shape, generator=generator, dtype=drawn).to(dtype).requires_grad_(grad)
 
 
 def expert_weights(

@@ -1,8 +1,8 @@
 """What is timed, one file a group of ops."""
 
-from tutelx.bench.settings import OPS
+from tutelx.bench.settings import GATES, OPS
 from tutelx.bench.subject import Subject
-from tutelx.bench.subjects import activation, experts, gate, layer, route, rows
+from tutelx.bench.subjects import activation, experts, gate, gates, layer, route, rows
 
 _ALL: tuple[Subject, ...] = (
     *gate.SUBJECTS,
@@ -11,6 +11,7 @@ _ALL: tuple[Subject, ...] = (
     *activation.SUBJECTS,
     *experts.SUBJECTS,
     *layer.SUBJECTS,
+    *gates.SUBJECTS,
 )
 SUBJECTS: dict[str, Subject] = {subject.op: subject for subject in _ALL}
-assert tuple(SUBJECTS) == OPS, f"settings.OPS={OPS} differs from the subjects {tuple(SUBJECTS)}"
+assert tuple(SUBJECTS) == OPS + GATES, f"settings.OPS + GATES={OPS + GATES} differ from the subjects {tuple(SUBJECTS)}"

@@ -58,7 +58,7 @@ def _make(shape: Shape, dtype: torch.dtype) -> LayerInputs:
     x = cases.tensor(shape.T, shape.D, dtype=dtype, seed=8)
     x[:, : shape.E] = 0
     best_first = 1 + torch.arange(shape.K, 0, -1, dtype=dtype) / 8
-    x.scatter_(1, ids.long(), best_first.expand(ids.shape))
+    x.scatter_(1, ids.long().to(x.device), best_first.expand(ids.shape))
     return LayerInputs(
         layer=layer,
         x_TD=x.requires_grad_(),
