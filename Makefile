@@ -58,7 +58,7 @@ $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*.* csrc/
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.built
-	$(PIP) install "pytest>=8" "hypothesis>=6" $(PEERS) "$(TORCH)"
+	$(PIP) install "pytest>=8" "hypothesis>=6" "safetensors>=0.4" $(PEERS) "$(TORCH)"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch

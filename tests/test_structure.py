@@ -17,7 +17,7 @@ FLOORS = [
     {"dispatch"},
     {"layer"},
     {"wrapping", "integrations"},
-    {"structure", "losses", "parallel"},
+    {"structure", "losses", "parallel", "checkpoints"},
     {"demo", "bench"},
     {"cli", "__main__"},
 ]
