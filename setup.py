@@ -57,7 +57,7 @@ CXX += ["-fopenmp"] if torch.backends.openmp.is_available() else ["-Wno-unknown-
 
 
 def operators():
-    files = ["csrc/ops.cpp", *sources("csrc/cpu/*.cpp")]
+    files = ["csrc/ops.cpp", *sources("csrc/autograd/*.cpp", "csrc/cpu/*.cpp")]
     if not wants_cuda():
         return CppExtension("tutelx._C", files, extra_compile_args={"cxx": CXX}, py_limited_api=True)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
@@ -70,13 +70,18 @@ def operators():
     )
 
 
+def calls():
+    """The operators as functions of Python, which ties it to the Python it was built with; so is the next."""
+    return CppExtension("tutelx._calls", ["csrc/calls.cpp"], extra_compile_args={"cxx": CXX})
+
+
 def many_ranks():
-    """Classes that Python holds, so that this one is tied to the Python it was built with."""
+    """Classes that Python holds."""
     files = ["csrc/comm.cpp", *sources("csrc/comm/*.cpp")]
     return CppExtension("tutelx._comm", files, extra_compile_args={"cxx": [*CXX, "-fvisibility=hidden"]})
 
 
 setup(
-    ext_modules=[operators(), many_ranks()],
+    ext_modules=[operators(), calls(), many_ranks()],
     cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
 )

@@ -18,6 +18,12 @@ inline void check_dtype(const at::Tensor& t, const char* name, at::ScalarType dt
   TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " is ", t.scalar_type(), ", expected ", dtype);
 }
 
+inline void check_floating(const at::Tensor& t, const char* name) {
+  const at::ScalarType d = t.scalar_type();
+  TORCH_CHECK_TYPE(d == at::kFloat || d == at::kDouble || d == at::kBFloat16 || d == at::kHalf, name, " is ", d,
+                   ", expected float32, float64, bfloat16 or float16");
+}
+
 // Rows and slots are numbered with int32.
 inline void check_index_range(int64_t count, const char* name) {
   TORCH_CHECK_VALUE(count <= std::numeric_limits<int32_t>::max(), name, "=", count, " exceeds the int32 limit ",

@@ -37,3 +37,17 @@ def local_world_size() -> int | None:
     if not value.isdecimal() or int(value) < 1:
         raise InvalidValueError(f"LOCAL_WORLD_SIZE={value!r} is no positive integer")
     return int(value)
+
+
+def buffer_bytes() -> int | None:
+    """TUTELX_BUFFER_BYTES: the most free memory that CPU operators keep for their next results; None if unset.
+
+    Raises:
+        InvalidValueError: it is no whole number of bytes.
+    """
+    text = os.environ.get("TUTELX_BUFFER_BYTES")
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise InvalidValueError(f"TUTELX_BUFFER_BYTES={text!r} is not a whole number of bytes")
+    return int(text)

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "buffers.h"
 #include "parallel.h"
 
 namespace tutelx {
@@ -21,15 +22,45 @@ TUTELX_INLINE void forward_loop(const T* __restrict gate, const T* __restrict up
     for (int64_t i = 0; i < n; ++i) out[i] = store<T>(A::value(load(gate[i])));
 }
 
+// Where the loops may write over their inputs: element i is read before it is written, and nothing else is read.
+#define TUTELX_IVDEP _Pragma("GCC ivdep")
+
+// Which of the outputs there are is decided outside the loops, or they would not become vector code.
 template <class A, class T>
-TUTELX_INLINE void backward_loop(const T* grad, const T* __restrict gate, const T* __restrict up, T* grad_gate,
-                                 T* grad_up, T* __restrict out, int64_t n) {
+TUTELX_INLINE void backward_gated(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, int64_t n) {
+  TUTELX_IVDEP
   for (int64_t i = 0; i < n; ++i) {
-    const wide_t<T> g = load(gate[i]), d = load(grad[i]), value = A::value(g);
-    const wide_t<T> u = up ? load(up[i]) : wide_t<T>(1);
-    if (out) out[i] = store<T>(value * u);
-    if (up) grad_up[i] = store<T>(d * value);
-    grad_gate[i] = store<T>(d * u * A::slope(g));
+    const wide_t<T> g = load(gate[i]), d = load(grad[i]), u = load(up[i]);
+    const auto [value, slope] = A::both(g);
+    grad_up[i] = store<T>(d * value);
+    grad_gate[i] = store<T>(d * u * slope);
+  }
+}
+template <class A, class T>
+TUTELX_INLINE void backward_gated_again(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, T* out,
+                                        int64_t n) {
+  TUTELX_IVDEP
+  for (int64_t i = 0; i < n; ++i) {
+    const wide_t<T> g = load(gate[i]), d = load(grad[i]), u = load(up[i]);
+    const auto [value, slope] = A::both(g);
+    out[i] = store<T>(value * u);
+    grad_up[i] = store<T>(d * value);
+    grad_gate[i] = store<T>(d * u * slope);
+  }
+}
+template <class A, class T>
+TUTELX_INLINE void backward_plain(const T* grad, const T* gate, T* grad_gate, int64_t n) {
+  TUTELX_IVDEP
+  for (int64_t i = 0; i < n; ++i) grad_gate[i] = store<T>(load(grad[i]) * A::both(load(gate[i])).slope);
+}
+template <class A, class T>
+TUTELX_INLINE void backward_plain_again(const T* grad, const T* gate, T* grad_gate, T* out, int64_t n) {
+  TUTELX_IVDEP
+  for (int64_t i = 0; i < n; ++i) {
+    const wide_t<T> d = load(grad[i]);
+    const auto [value, slope] = A::both(load(gate[i]));
+    out[i] = store<T>(value);
+    grad_gate[i] = store<T>(d * slope);
   }
 }
 
@@ -41,7 +72,15 @@ TUTELX_INLINE void backward_loop(const T* grad, const T* __restrict gate, const 
   TUTELX_SIMD void backward_simd(Act act, const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, T* out, \
                                  int64_t n) {                                                                          \
     with_activation(act, [=](auto a) __attribute__((always_inline)) {                                                  \
-      backward_loop<decltype(a)>(grad, gate, up, grad_gate, grad_up, out, n);                                          \
+      using A = decltype(a);                                                                                           \
+      if (up && out)                                                                                                   \
+        backward_gated_again<A>(grad, gate, up, grad_gate, grad_up, out, n);                                           \
+      else if (up)                                                                                                     \
+        backward_gated<A>(grad, gate, up, grad_gate, grad_up, n);                                                      \
+      else if (out)                                                                                                    \
+        backward_plain_again<A>(grad, gate, grad_gate, out, n);                                                        \
+      else                                                                                                             \
+        backward_plain<A>(grad, gate, grad_gate, n);                                                                   \
     });                                                                                                                \
   }
 TUTELX_ACTIVATION(float)
@@ -49,6 +88,7 @@ TUTELX_ACTIVATION(double)
 TUTELX_ACTIVATION(c10::BFloat16)
 TUTELX_ACTIVATION(c10::Half)
 #undef TUTELX_ACTIVATION
+#undef TUTELX_IVDEP
 
 constexpr int64_t kGrain = 16384;
 
@@ -59,10 +99,11 @@ void check_up(const at::Tensor& gate, const std::optional<at::Tensor>& up) {
 }
 
 at::Tensor activation(const at::Tensor& gate, const std::optional<at::Tensor>& up, c10::string_view kind) {
+  check_floating(gate, "gate");
   check_up(gate, up);
   const Act act = parse_activation(kind);
   const at::Tensor g = gate.contiguous(), u = up ? up->contiguous() : at::Tensor();
-  const at::Tensor out = at::empty_like(g);
+  const at::Tensor out = buffer_like(g);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, gate.scalar_type(), "activation", [&] {
     const scalar_t* g_ptr = g.const_data_ptr<scalar_t>();
     const scalar_t* u_ptr = up ? u.const_data_ptr<scalar_t>() : nullptr;
@@ -81,7 +122,7 @@ std::tuple<at::Tensor, at::Tensor> activation_backward(const at::Tensor& grad, c
   check_dtype(grad, "grad", gate.scalar_type());
   const Act act = parse_activation(kind);
   const at::Tensor d = grad.contiguous(), g = gate.contiguous(), u = up ? up->contiguous() : at::Tensor();
-  const at::Tensor grad_gate = at::empty_like(g), grad_up = up ? at::empty_like(g) : at::empty({0}, g.options());
+  const at::Tensor grad_gate = buffer_like(g), grad_up = up ? buffer_like(g) : buffer({0}, g.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, gate.scalar_type(), "activation_backward", [&] {
     const scalar_t *d_ptr = d.const_data_ptr<scalar_t>(), *g_ptr = g.const_data_ptr<scalar_t>();
     const scalar_t* u_ptr = up ? u.const_data_ptr<scalar_t>() : nullptr;

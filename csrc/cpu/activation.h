@@ -9,14 +9,13 @@
 
 namespace tutelx {
 
-// exp within 2 ulp: split x = n*ln2 + r, polynomial in r (Cephes coefficients), scale by 2^n through the exponent bits.
-TUTELX_INLINE float fast_exp(float x) {
-  constexpr float lowest = -87.33654f, highest = 88.72283f;
-  float v = x > lowest ? x : lowest;
-  v = v < highest ? v : highest;
+// exp within 2 ulp for x <= 0, or NaN: x = n*ln2 + r, polynomial in r (Cephes coefficients), scaled by 2^n through the
+// exponent bits. All that is needed here: softmax is relative to its largest logit, the others use symmetry.
+TUTELX_INLINE float exp_negative(float x) {
+  constexpr float lowest = -87.0f;      // 2^n stays a normal number
   constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding and subtracting rounds to an integer
-  float n = v * 1.44269504f + round;
-  n -= round;
+  const float v = x < lowest ? lowest : x;
+  const float n = (v * 1.44269504f + round) - round;
   const float r = v - n * 0.693359375f - n * -2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -25,43 +24,65 @@ TUTELX_INLINE float fast_exp(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // 2^n in two factors, so that n = 128 does not overflow the exponent field.
-  const int32_t half = static_cast<int32_t>(n) >> 1, rest = static_cast<int32_t>(n) - half;
-  const int32_t bits_half = (half + 127) << 23, bits_rest = (rest + 127) << 23;
-  float scale_half, scale_rest;
-  std::memcpy(&scale_half, &bits_half, sizeof scale_half);
-  std::memcpy(&scale_rest, &bits_rest, sizeof scale_rest);
-  float out = p * scale_half * scale_rest;
-  out = x < lowest ? 0.0f : out;
-  out = x > highest ? INFINITY : out;
-  return x == x ? out : x;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return x < lowest ? 0.0f : p * scale;
 }
-TUTELX_INLINE double fast_exp(double x) { return std::exp(x); }
+TUTELX_INLINE double exp_negative(double x) { return std::exp(x); }
 
-// Each activation gives value and derivative at x.
+template <class W>
+TUTELX_INLINE W sigmoid(W x) {
+  const W e = exp_negative(x < W(0) ? x : -x);
+  return (x < W(0) ? e : W(1)) / (W(1) + e);
+}
+
+template <class W>
+struct ValueAndSlope {
+  W value, slope;
+};
+
+// The normal distribution function and exp(-x^2/2). In float erfc is fitted as in Abramowitz and Stegun 7.1.26 (error
+// below 1.5e-7), which takes one exponential for both.
+struct Normal {
+  template <class W>
+  struct Pair {
+    W cdf, bell;
+  };
+  static TUTELX_INLINE Pair<float> at(float x) {
+    const float t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * (x < 0.0f ? -x : x));
+    float p = 1.061405429f;
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const float bell = exp_negative(-0.5f * x * x), tail = 0.5f * t * p * bell;
+    return {x < 0.0f ? tail : 1.0f - tail, bell};
+  }
+  static TUTELX_INLINE Pair<double> at(double x) { return {0.5 * std::erfc(-x * M_SQRT1_2), std::exp(-0.5 * x * x)}; }
+};
+
+// Each activation gives its value at x, or value and derivative together.
 struct Silu {
   template <class W>
   static TUTELX_INLINE W value(W x) {
-    return x / (W(1) + fast_exp(-x));
+    return x * sigmoid(x);
   }
   template <class W>
-  static TUTELX_INLINE W slope(W x) {
-    const W s = W(1) / (W(1) + fast_exp(-x));
-    return s * (W(1) + x * (W(1) - s));
+  static TUTELX_INLINE ValueAndSlope<W> both(W x) {
+    const W s = sigmoid(x);
+    return {x * s, s * (W(1) + x * (W(1) - s))};
   }
 };
 struct Gelu {
   template <class W>
-  static TUTELX_INLINE W cdf(W x) {
-    return W(0.5) * (W(1) + std::erf(x * W(M_SQRT1_2)));
-  }
-  template <class W>
   static TUTELX_INLINE W value(W x) {
-    return x * cdf(x);
+    return x * Normal::at(x).cdf;
   }
   template <class W>
-  static TUTELX_INLINE W slope(W x) {
-    return cdf(x) + x * fast_exp(W(-0.5) * x * x) * W(0.3989422804014327);  // 1/sqrt(2 pi)
+  static TUTELX_INLINE ValueAndSlope<W> both(W x) {
+    const auto [cdf, bell] = Normal::at(x);
+    return {x * cdf, cdf + x * bell * W(0.3989422804014327)};  // 1/sqrt(2 pi)
   }
 };
 // gelu's tanh form is x * sigmoid(2 u(x)) with u = sqrt(2/pi) (x + 0.044715 x^3).
@@ -69,16 +90,16 @@ struct GeluTanh {
   static constexpr double a = 1.5957691216057308, b = 0.044715;  // a = 2 sqrt(2/pi)
   template <class W>
   static TUTELX_INLINE W gate(W x) {
-    return W(1) / (W(1) + fast_exp(-W(a) * (x + W(b) * x * x * x)));
+    return sigmoid(W(a) * (x + W(b) * x * x * x));
   }
   template <class W>
   static TUTELX_INLINE W value(W x) {
     return x * gate(x);
   }
   template <class W>
-  static TUTELX_INLINE W slope(W x) {
+  static TUTELX_INLINE ValueAndSlope<W> both(W x) {
     const W s = gate(x);
-    return s + x * s * (W(1) - s) * W(a) * (W(1) + W(3 * b) * x * x);
+    return {x * s, s + x * s * (W(1) - s) * W(a) * (W(1) + W(3 * b) * x * x)};
   }
 };
 struct Relu {
@@ -87,8 +108,8 @@ struct Relu {
     return x > W(0) || x != x ? x : W(0);
   }
   template <class W>
-  static TUTELX_INLINE W slope(W x) {
-    return x > W(0) ? W(1) : W(0);
+  static TUTELX_INLINE ValueAndSlope<W> both(W x) {
+    return {value(x), x > W(0) ? W(1) : W(0)};
   }
 };
 

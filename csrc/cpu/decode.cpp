@@ -3,12 +3,17 @@
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
+#include <cstring>
 #include <tuple>
+#include <vector>
 
 #include "../check.h"
+#include "buffers.h"
 #include "gather_sum.h"
+#include "inverse.h"
 #include "parallel.h"
 #include "scalar.h"
+#include "stream.h"
 
 namespace tutelx {
 namespace {
@@ -22,6 +27,7 @@ void check_weights(const at::Tensor& weights, const at::Tensor& rows, const at::
 
 at::Tensor decode(const at::Tensor& rows, const at::Tensor& dest, const at::Tensor& source, const at::Tensor& weights) {
   check_dim(rows, "rows", 2);
+  check_floating(rows, "rows");
   check_size(rows, "rows", 0, source.size(0), "the map's rows");
   check_weights(weights, rows, dest);
   return gather_sum(rows, dest, weights);
@@ -71,31 +77,32 @@ std::tuple<at::Tensor, at::Tensor> decode_backward(const at::Tensor& grad_y, con
   check_size(rows, "rows", 0, source.size(0), "the map's rows");
   check_dtype(grad_y, "grad_y", rows.scalar_type());
   check_weights(weights, rows, dest);
-  const int64_t R = rows.size(0), D = rows.size(1), K = dest.size(1), slots = dest.numel();
+  const int64_t R = rows.size(0), D = rows.size(1), T = dest.size(0), K = dest.size(1);
   const at::Tensor dy = grad_y.contiguous(), in = rows.contiguous(), from = source.contiguous(), to = dest.contiguous();
-  const at::Tensor grad_rows = at::empty_like(in);
+  const at::Tensor grad_rows = buffer_like(in);
   at::Tensor grad_weights;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, rows.scalar_type(), "decode_backward", [&] {
     using wide = wide_t<scalar_t>;
     const at::Tensor w = weights.to(c10::CppTypeToScalarType<wide>::value).contiguous();
-    const at::Tensor dw = at::empty_like(w);
+    const at::Tensor dw = buffer_like(w);
     const scalar_t *dy_ptr = dy.const_data_ptr<scalar_t>(), *in_ptr = in.const_data_ptr<scalar_t>();
     scalar_t* out_ptr = grad_rows.mutable_data_ptr<scalar_t>();
     const wide* w_ptr = w.const_data_ptr<wide>();
     wide* dw_ptr = dw.mutable_data_ptr<wide>();
-    const int32_t *from_ptr = from.const_data_ptr<int32_t>(), *to_ptr = to.const_data_ptr<int32_t>();
-    for (int64_t slot = 0; slot < slots; ++slot)
-      if (to_ptr[slot] < 0) dw_ptr[slot] = 0;
-    parallel_ranges(R, rows_per_task(D * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const int32_t slot = from_ptr[r];
-        TORCH_CHECK_VALUE(slot < slots, "source[", r, "]=", slot, " is outside the map's ", slots, " slots");
-        if (slot < 0)
-          std::fill_n(out_ptr + r * D, D, store<scalar_t>(0));
-        else
-          dw_ptr[slot] = scale_and_dot_simd(dy_ptr + slot / K * D, in_ptr + r * D, w_ptr[slot], out_ptr + r * D, D);
-      }
+    const Inverse inverse(to, from);
+    const bool stream = streams(R * D * static_cast<int64_t>(sizeof(scalar_t)));
+    // By token, so that its gradient comes from memory once for all its rows; then the rows that no slot fills.
+    parallel_ranges(T, rows_per_task(D * K * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
+      std::vector<scalar_t> held(stream ? D : 0);
+      std::fill(dw_ptr + begin * K, dw_ptr + end * K, wide(0));
+      inverse.visit(begin, end, [&](int64_t t, int64_t slot, int64_t row) {
+        scalar_t* const out = out_ptr + row * D;
+        dw_ptr[slot] = scale_and_dot_simd(dy_ptr + t * D, in_ptr + row * D, w_ptr[slot], stream ? held.data() : out, D);
+        if (stream) stream_copy(out, held.data(), D * sizeof(scalar_t));
+      });
+      if (stream) finish_streaming();
     });
+    inverse.zero_empty(reinterpret_cast<char*>(out_ptr), D * sizeof(scalar_t));
     grad_weights = dw.to(weights.scalar_type());
   });
   return {grad_rows, grad_weights};

@@ -6,40 +6,50 @@
 #include <cstring>
 
 #include "../check.h"
+#include "buffers.h"
 #include "gather_sum.h"
+#include "inverse.h"
 #include "parallel.h"
+#include "stream.h"
 
 namespace tutelx {
 namespace {
 
 at::Tensor encode(const at::Tensor& x, const at::Tensor& source, const at::Tensor& dest) {
   check_dim(x, "x", 2);
+  check_floating(x, "x");
   check_dim(source, "source", 1);
   check_dim(dest, "dest", 2);
   check_dtype(source, "source", at::kInt);
   check_size(x, "x", 0, dest.size(0), "the map's tokens");
   const at::Tensor in = x.contiguous(), from = source.contiguous();
-  const int64_t R = source.size(0), D = x.size(1), K = dest.size(1), slots = dest.numel();
-  const at::Tensor rows = at::empty({R, D}, x.options());
+  const int64_t R = source.size(0), D = x.size(1), T = dest.size(0), K = dest.size(1);
+  check_dtype(dest, "dest", at::kInt);
+  const at::Tensor to = dest.contiguous();
+  const at::Tensor rows = buffer({R, D}, x.options());
   const int64_t row_bytes = D * x.element_size();
   const char* in_bytes = static_cast<const char*>(in.const_data_ptr());
   char* out_bytes = static_cast<char*>(rows.mutable_data_ptr());
-  const int32_t* slot_of = from.const_data_ptr<int32_t>();
-  parallel_ranges(R, rows_per_task(row_bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int32_t slot = slot_of[r];
-      TORCH_CHECK_VALUE(slot < slots, "source[", r, "]=", slot, " is outside the map's ", slots, " slots");
-      if (slot < 0)
-        std::memset(out_bytes + r * row_bytes, 0, row_bytes);
+  const Inverse inverse(to, from);
+  const bool stream = streams(R * row_bytes);
+  // By token, so that it comes from memory once for all its rows; then the rows that no slot fills.
+  parallel_ranges(T, rows_per_task(K * row_bytes), [&](int64_t begin, int64_t end) {
+    inverse.visit(begin, end, [&](int64_t t, int64_t, int64_t row) {
+      char* const out = out_bytes + row * row_bytes;
+      if (stream)
+        stream_copy(out, in_bytes + t * row_bytes, row_bytes);
       else
-        std::memcpy(out_bytes + r * row_bytes, in_bytes + slot / K * row_bytes, row_bytes);
-    }
+        std::memcpy(out, in_bytes + t * row_bytes, row_bytes);
+    });
+    if (stream) finish_streaming();
   });
+  inverse.zero_empty(out_bytes, row_bytes);
   return rows;
 }
 
 at::Tensor encode_backward(const at::Tensor& grad_rows, const at::Tensor& dest) {
   check_dim(grad_rows, "grad_rows", 2);
+  check_floating(grad_rows, "grad_rows");
   return gather_sum(grad_rows, dest, std::nullopt);
 }
 

@@ -11,6 +11,7 @@
 
 #include "../check.h"
 #include "activation.h"
+#include "buffers.h"
 #include "expert_weights.h"
 #include "gemm.h"
 #include "parallel.h"
@@ -61,10 +62,10 @@ using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 template <class T>
 Forward forward(const at::Tensor& rows, const Segments& segments, const Weights& w, Act act, TileSize size, bool keep) {
   const int64_t R = rows.size(0), M = w.model_dim, H = w.hidden_dim;
-  const at::Tensor out = at::empty({R, M}, rows.options()), hidden = at::empty({R, H}, rows.options());
-  const at::Tensor nothing = at::empty({0}, rows.options());
-  const at::Tensor gate_pre = keep && w.gate ? at::empty_like(hidden) : nothing;
-  const at::Tensor up_pre = keep ? at::empty_like(hidden) : nothing;
+  const at::Tensor out = buffer({R, M}, rows.options()), hidden = buffer({R, H}, rows.options());
+  const at::Tensor nothing = buffer({0}, rows.options());
+  const at::Tensor gate_pre = keep && w.gate ? buffer_like(hidden) : nothing;
+  const at::Tensor up_pre = keep ? buffer_like(hidden) : nothing;
   const Matrix x = matrix_of(rows), y = matrix_of(out), a = matrix_of(hidden);
 
   const std::vector<Tile> inner = cut(segments, H, size);
@@ -132,9 +133,9 @@ Backward backward(const at::Tensor& grad_out, const at::Tensor& rows, const Segm
                   const at::Tensor& gate_pre, const at::Tensor& up_pre, Act act, TileSize size, bool need_rows,
                   bool need_weights, bool zero_unused) {
   const int64_t R = rows.size(0), M = w.model_dim, H = w.hidden_dim, E = segments.experts();
-  const at::Tensor grad_up = at::empty({R, H}, rows.options());
-  const at::Tensor grad_gate = w.gate ? at::empty_like(grad_up) : at::Tensor();
-  const at::Tensor hidden = need_weights ? at::empty_like(grad_up) : at::Tensor();
+  const at::Tensor grad_up = buffer({R, H}, rows.options());
+  const at::Tensor grad_gate = w.gate ? buffer_like(grad_up) : at::Tensor();
+  const at::Tensor hidden = need_weights ? buffer_like(grad_up) : at::Tensor();
   const Matrix dy = matrix_of(grad_out);
 
   // Through down and the activation.
@@ -159,7 +160,7 @@ Backward backward(const at::Tensor& grad_out, const at::Tensor& rows, const Segm
   });
 
   // Then grad_rows and all weight gradients at once: none of them needs another.
-  const at::Tensor grad_rows = need_rows ? at::empty_like(rows) : at::empty({0}, rows.options());
+  const at::Tensor grad_rows = need_rows ? buffer_like(rows) : buffer({0}, rows.options());
   const std::vector<Tile> row_tiles = need_rows ? cut(segments, M, size) : std::vector<Tile>();
   const auto to_rows = [&](const Tile& t) {
     const Matrix to = matrix_of(grad_rows).block(t.row, t.rows, t.col, t.cols);

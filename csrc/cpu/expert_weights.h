@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "buffers.h"
 #include "gemm.h"
 
 namespace tutelx {
@@ -64,9 +65,9 @@ class ExpertParameter {
     std::vector<at::Tensor> out;
     for (size_t i = 0; i < tensors_.size(); ++i) {
       if (stacked_ || rows_of[i] > 0)
-        out.push_back(at::empty_like(tensors_[i]));
+        out.push_back(buffer_like(tensors_[i]));
       else
-        out.push_back(zero_unused ? at::zeros_like(tensors_[i]) : at::empty({0}, tensors_[i].options()));
+        out.push_back(zero_unused ? at::zeros_like(tensors_[i]) : buffer({0}, tensors_[i].options()));
     }
     if (stacked_)
       for (size_t e = 0; e < rows_of.size(); ++e)

@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../check.h"
@@ -24,84 +26,122 @@ bool parse_score(c10::string_view score) {
   return score == "softmax";
 }
 
-template <class T, class W>
-TUTELX_INLINE W widen_and_max(const T* logits, W* wide, int64_t E) {
-  W best = -std::numeric_limits<W>::infinity();
-  for (int64_t e = 0; e < E; ++e) {
-    wide[e] = load(logits[e]);
-    best = wide[e] > best ? wide[e] : best;
+// Rows are kept in a buffer of whole vectors: what is written for one lane, the compiler does for all.
+constexpr int64_t kLanes = 16;
+int64_t padded(int64_t E) { return (E + kLanes - 1) / kLanes * kLanes; }
+
+template <class W>
+TUTELX_INLINE W sum_lanes(W* lane) {
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+// The compiler's own vector types: it does not turn comparisons of floating-point lanes into vector code by itself.
+template <class W>
+struct Vectors {
+  using Index = std::conditional_t<sizeof(W) == 4, int32_t, int64_t>;
+  typedef W Value __attribute__((vector_size(kLanes * sizeof(W))));
+  typedef Index Indices __attribute__((vector_size(kLanes * sizeof(W))));
+};
+
+// The largest of P values; NaN is never larger.
+template <class W>
+TUTELX_INLINE W largest(const W* value, int64_t P) {
+  typename Vectors<W>::Value best = {}, v;
+  best -= std::numeric_limits<W>::infinity();
+  for (int64_t e = 0; e < P; e += kLanes) {
+    std::memcpy(&v, value + e, sizeof v);
+    best = v > best ? v : best;
   }
-  return best;
+  W lane[kLanes];
+  std::memcpy(lane, &best, sizeof lane);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
+  return lane[0];
 }
 
-// prob[e] = exp(logit[e] - best); returns the sum. Partial sums, so that the additions run in vector lanes.
+// The lowest index of a value among P, which holds it.
 template <class W>
-TUTELX_INLINE W exponentials(const W* logit, W best, W* prob, int64_t E) {
-  constexpr int64_t N = 16;
-  W part[N] = {};
-  int64_t e = 0;
-  for (; e + N <= E; e += N)
-    for (int64_t i = 0; i < N; ++i) part[i] += prob[e + i] = fast_exp(logit[e + i] - best);
-  for (int64_t i = 0; e < E; ++e, ++i) part[i] += prob[e] = fast_exp(logit[e] - best);
-  for (int64_t half = N / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
+TUTELX_INLINE int32_t first_of(const W* value, W wanted, int64_t P) {
+  using Index = typename Vectors<W>::Index;
+  typename Vectors<W>::Value v;
+  typename Vectors<W>::Indices at, here;
+  Index lane[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) lane[i] = static_cast<Index>(P - kLanes + i);
+  std::memcpy(&here, lane, sizeof here);
+  at = here + kLanes;
+  for (int64_t e = P - kLanes; e >= 0; e -= kLanes, here -= kLanes) {
+    std::memcpy(&v, value + e, sizeof v);
+    at = v == wanted ? here : at;
+  }
+  std::memcpy(lane, &at, sizeof lane);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lane[i] = lane[i + half] < lane[i] ? lane[i + half] : lane[i];
+  return static_cast<int32_t>(lane[0]);
 }
 
+// What one token leaves behind. score [P] is exp(logit - best) for softmax, to be multiplied with `factor`.
 template <class W>
-TUTELX_INLINE void scale_into(W* score, W factor, W* sum, int64_t E) {
-  for (int64_t e = 0; e < E; ++e) sum[e] += score[e] *= factor;
-}
+struct Scored {
+  W logsumexp, factor, best;
+};
 
-template <class W>
-TUTELX_INLINE void sigmoids_into(const W* logit, W* score, W* sum, int64_t E) {
-  for (int64_t e = 0; e < E; ++e) sum[e] += score[e] = W(1) / (W(1) + fast_exp(-logit[e]));
-}
-
-// Scores of one token. Returns logsumexp; a value that is not finite marks a row that cannot be routed.
+// logit [P] gets the row, widened and filled up with -inf; sum [P] the token's scores added.
 template <class T, class W>
-TUTELX_INLINE W score_token(const T* logits, bool softmax, W* logit, W* score, W* sum, int64_t E) {
-  const W best = widen_and_max(logits, logit, E);
-  const W total = exponentials(logit, best, score, E);
+TUTELX_INLINE Scored<W> score_token(const T* row, bool softmax, W* logit, W* score, W* sum, int64_t E) {
+  const int64_t P = padded(E);
+  for (int64_t e = 0; e < E; ++e) logit[e] = load(row[e]);
+  for (int64_t e = E; e < P; ++e) logit[e] = -std::numeric_limits<W>::infinity();
+  const W best = largest(logit, P);
+  W part[kLanes] = {};
+  for (int64_t e = 0; e < P; e += kLanes)
+    for (int64_t i = 0; i < kLanes; ++i) part[i] += score[e + i] = exp_negative(logit[e + i] - best);
+  const W total = sum_lanes(part), factor = softmax ? W(1) / total : W(1);
   if (softmax)
-    scale_into(score, W(1) / total, sum, E);
+    for (int64_t e = 0; e < P; ++e) sum[e] += score[e] * factor;
   else
-    sigmoids_into(logit, score, sum, E);
-  return best + std::log(total);
+    for (int64_t e = 0; e < P; ++e) sum[e] += score[e] = sigmoid(logit[e]);
+  return {best + std::log(total), factor, best};
 }
 
-#define TUTELX_SCORE_TOKEN(T)                                                                               \
-  TUTELX_SIMD wide_t<T> score_token_simd(const T* logits, bool softmax, wide_t<T>* logit, wide_t<T>* score, \
-                                         wide_t<T>* sum, int64_t E) {                                       \
-    return score_token<T, wide_t<T>>(logits, softmax, logit, score, sum, E);                                \
-  }
-TUTELX_SCORE_TOKEN(float)
-TUTELX_SCORE_TOKEN(double)
-TUTELX_SCORE_TOKEN(c10::BFloat16)
-TUTELX_SCORE_TOKEN(c10::Half)
-#undef TUTELX_SCORE_TOKEN
+// Many choices: a partial sort; few: one sweep each, with what was taken marked as NaN.
+constexpr int64_t kFewChoices = 16;
 
-// The k largest logits, largest first; of equal ones the lower index first.
+// The k largest logits, largest first; of equal ones the lower index first. `logit` is used up.
 template <class W>
-void choose(const W* logit, int64_t E, int64_t K, int32_t* ids, std::vector<int32_t>& scratch) {
-  const auto before = [logit](int32_t a, int32_t b) { return logit[a] > logit[b] || (logit[a] == logit[b] && a < b); };
-  constexpr int64_t few = 16;
-  if (K > few) {
-    scratch.resize(E);
-    for (int64_t e = 0; e < E; ++e) scratch[e] = static_cast<int32_t>(e);
-    std::partial_sort(scratch.begin(), scratch.begin() + K, scratch.end(), before);
-    std::copy_n(scratch.begin(), K, ids);
-    return;
+TUTELX_INLINE void choose_few(W* logit, W best, int64_t P, int64_t K, int32_t* ids) {
+  for (int64_t k = 0; k < K; ++k) {
+    if (k > 0) best = largest(logit, P);
+    ids[k] = first_of(logit, best, P);
+    logit[ids[k]] = std::numeric_limits<W>::quiet_NaN();
   }
-  int64_t held = 0;
-  W worst = 0;  // of the ids held; a candidate must beat it once K are held
-  for (int32_t e = 0; e < E; ++e) {
-    if (held == K && !(logit[e] > worst)) continue;
-    int64_t i = held < K ? held++ : K - 1;
-    for (; i > 0 && logit[ids[i - 1]] < logit[e]; --i) ids[i] = ids[i - 1];
-    ids[i] = e;
-    worst = logit[ids[held - 1]];
+}
+
+template <class W>
+void choose_many(const W* logit, int64_t E, int64_t K, int32_t* ids, std::vector<int32_t>& scratch) {
+  scratch.resize(E);
+  for (int64_t e = 0; e < E; ++e) scratch[e] = static_cast<int32_t>(e);
+  std::partial_sort(scratch.begin(), scratch.begin() + K, scratch.end(),
+                    [logit](int32_t a, int32_t b) { return logit[a] > logit[b] || (logit[a] == logit[b] && a < b); });
+  std::copy_n(scratch.begin(), K, ids);
+}
+
+#define TUTELX_TOKEN(T)                                                                                    \
+  TUTELX_SIMD Scored<wide_t<T>> score_simd(const T* row, bool softmax, wide_t<T>* logit, wide_t<T>* score, \
+                                           wide_t<T>* sum, int64_t E) {                                    \
+    return score_token<T, wide_t<T>>(row, softmax, logit, score, sum, E);                                  \
   }
+TUTELX_TOKEN(float)
+TUTELX_TOKEN(double)
+TUTELX_TOKEN(c10::BFloat16)
+TUTELX_TOKEN(c10::Half)
+#undef TUTELX_TOKEN
+TUTELX_SIMD void choose_simd(float* logit, float best, int64_t P, int64_t K, int32_t* ids) {
+  choose_few(logit, best, P, K, ids);
+}
+TUTELX_SIMD void choose_simd(double* logit, double best, int64_t P, int64_t K, int32_t* ids) {
+  choose_few(logit, best, P, K, ids);
 }
 
 template <class W>
@@ -130,20 +170,27 @@ Chosen gate(const at::Tensor& logits, int64_t k, c10::string_view score, bool re
     weights = at::empty({T, k}, wide);
     logsumexp = at::empty({T}, wide);
     const int64_t blocks = (T + kTokensPerBlock - 1) / kTokensPerBlock;
-    std::vector<W> sums(blocks * E, W(0));
+    const int64_t P = padded(E);
+    std::vector<W> sums(blocks * P, W(0));
     const scalar_t* in_ptr = in.const_data_ptr<scalar_t>();
     int32_t* ids_ptr = ids.mutable_data_ptr<int32_t>();
     W *w_ptr = weights.mutable_data_ptr<W>(), *lse_ptr = logsumexp.mutable_data_ptr<W>();
     parallel_items(blocks, [&](int64_t b) {
-      std::vector<W> logit(E), scores(E);
+      std::vector<W> logit(P), scores(P);
       std::vector<int32_t> scratch;
       const int64_t end = std::min(T, (b + 1) * kTokensPerBlock);
       for (int64_t t = b * kTokensPerBlock; t < end; ++t) {
-        lse_ptr[t] = score_token_simd(in_ptr + t * E, softmax, logit.data(), scores.data(), sums.data() + b * E, E);
-        check_row(logit.data(), lse_ptr[t], t, E);
-        choose(logit.data(), E, k, ids_ptr + t * k, scratch);
+        const Scored<W> token =
+            score_simd(in_ptr + t * E, softmax, logit.data(), scores.data(), sums.data() + b * P, E);
+        lse_ptr[t] = token.logsumexp;
+        check_row(logit.data(), token.logsumexp, t, E);
+        int32_t* chosen = ids_ptr + t * k;
+        if (k > kFewChoices)
+          choose_many(logit.data(), E, k, chosen, scratch);
+        else
+          choose_simd(logit.data(), token.best, P, k, chosen);
         W total = 0;
-        for (int64_t i = 0; i < k; ++i) total += w_ptr[t * k + i] = scores[ids_ptr[t * k + i]];
+        for (int64_t i = 0; i < k; ++i) total += w_ptr[t * k + i] = scores[chosen[i]] * token.factor;
         // All chosen scores can underflow (sigmoid of very negative logits); zero weights then, not 0/0.
         if (renormalize && total > 0)
           for (int64_t i = 0; i < k; ++i) w_ptr[t * k + i] /= total;
@@ -152,21 +199,25 @@ Chosen gate(const at::Tensor& logits, int64_t k, c10::string_view score, bool re
     score_sum = at::zeros({E}, wide);
     W* sum_ptr = score_sum.mutable_data_ptr<W>();
     for (int64_t b = 0; b < blocks; ++b)
-      for (int64_t e = 0; e < E; ++e) sum_ptr[e] += sums[b * E + e];
+      for (int64_t e = 0; e < E; ++e) sum_ptr[e] += sums[b * P + e];
   });
   return {ids, weights, score_sum, logsumexp};
 }
 
 // With s the scores and g = dL/ds: softmax gives s*(g - <g,s>), sigmoid gives g*s*(1-s); logsumexp adds grad*softmax.
+// g is grad_sum everywhere, and what comes through its weight besides where an expert was chosen: `chosen` [K].
 template <class T, class W>
-TUTELX_INLINE void backward_token(const T* logits, bool softmax, W logsumexp, W grad_lse, const W* grad_sum,
+TUTELX_INLINE void backward_token(const T* row, bool softmax, W logsumexp, W grad_lse, const W* grad_sum,
                                   const int32_t* ids, const W* grad_weights, int64_t K, bool renormalize, W* score,
                                   W* grad, W* chosen, T* out, int64_t E) {
-  for (int64_t e = 0; e < E; ++e) {
-    const W logit = load(logits[e]);
-    score[e] = softmax ? fast_exp(logit - logsumexp) : W(1) / (W(1) + fast_exp(-logit));
-    grad[e] = grad_sum[e];
-  }
+  const int64_t P = padded(E);
+  for (int64_t e = 0; e < E; ++e) grad[e] = load(row[e]);
+  for (int64_t e = E; e < P; ++e) grad[e] = -std::numeric_limits<W>::infinity();
+  if (softmax)
+    for (int64_t e = 0; e < P; ++e) score[e] = exp_negative(grad[e] - logsumexp);
+  else
+    for (int64_t e = 0; e < P; ++e) score[e] = sigmoid(grad[e]);
+
   W total = 1, mean = 0;
   if (renormalize) {
     total = 0;
@@ -174,24 +225,30 @@ TUTELX_INLINE void backward_token(const T* logits, bool softmax, W logsumexp, W 
     for (int64_t k = 0; k < K; ++k) mean += total > 0 ? grad_weights[k] * (score[ids[k]] / total) : W(0);
   }
   for (int64_t k = 0; k < K; ++k) chosen[k] = total > 0 ? (grad_weights[k] - mean) / total : W(0);
-  for (int64_t k = 0; k < K; ++k) grad[ids[k]] += chosen[k];
+
   if (softmax) {
-    W dot = 0;
-    for (int64_t e = 0; e < E; ++e) dot += grad[e] * score[e];
-    for (int64_t e = 0; e < E; ++e) out[e] = store<T>(score[e] * (grad[e] - dot + grad_lse));
+    W part[kLanes] = {};
+    for (int64_t e = 0; e < P; e += kLanes)
+      for (int64_t i = 0; i < kLanes; ++i) part[i] += grad_sum[e + i] * score[e + i];
+    W dot = sum_lanes(part);
+    for (int64_t k = 0; k < K; ++k) dot += chosen[k] * score[ids[k]];
+    for (int64_t e = 0; e < P; ++e) grad[e] = score[e] * (grad_sum[e] - dot + grad_lse);
+    for (int64_t k = 0; k < K; ++k) grad[ids[k]] += chosen[k] * score[ids[k]];
   } else {
-    for (int64_t e = 0; e < E; ++e)
-      out[e] = store<T>(grad[e] * score[e] * (W(1) - score[e]) + grad_lse * fast_exp(load(logits[e]) - logsumexp));
+    for (int64_t e = 0; e < P; ++e)
+      grad[e] = grad_sum[e] * score[e] * (W(1) - score[e]) + grad_lse * exp_negative(grad[e] - logsumexp);
+    for (int64_t k = 0; k < K; ++k) grad[ids[k]] += chosen[k] * score[ids[k]] * (W(1) - score[ids[k]]);
   }
+  for (int64_t e = 0; e < E; ++e) out[e] = store<T>(grad[e]);
 }
 
 #define TUTELX_BACKWARD_TOKEN(T)                                                                                     \
-  TUTELX_SIMD void backward_token_simd(const T* logits, bool softmax, wide_t<T> lse, wide_t<T> grad_lse,             \
-                                       const wide_t<T>* grad_sum, const int32_t* ids, const wide_t<T>* grad_w,       \
-                                       int64_t K, bool renorm, wide_t<T>* score, wide_t<T>* grad, wide_t<T>* chosen, \
-                                       T* out, int64_t E) {                                                          \
-    backward_token<T, wide_t<T>>(logits, softmax, lse, grad_lse, grad_sum, ids, grad_w, K, renorm, score, grad,      \
-                                 chosen, out, E);                                                                    \
+  TUTELX_SIMD void backward_simd(const T* row, bool softmax, wide_t<T> lse, wide_t<T> grad_lse,                      \
+                                 const wide_t<T>* grad_sum, const int32_t* ids, const wide_t<T>* grad_w, int64_t K,  \
+                                 bool renorm, wide_t<T>* score, wide_t<T>* grad, wide_t<T>* chosen, T* out,          \
+                                 int64_t E) {                                                                        \
+    backward_token<T, wide_t<T>>(row, softmax, lse, grad_lse, grad_sum, ids, grad_w, K, renorm, score, grad, chosen, \
+                                 out, E);                                                                            \
   }
 TUTELX_BACKWARD_TOKEN(float)
 TUTELX_BACKWARD_TOKEN(double)
@@ -222,11 +279,13 @@ at::Tensor gate_backward(const at::Tensor& grad_weights, const at::Tensor& grad_
     for (int64_t i = 0; i < T * K; ++i)
       TORCH_CHECK_VALUE(ids_ptr[i] >= 0 && ids_ptr[i] < E, "expert_ids[", i / K, ",", i % K, "]=", ids_ptr[i],
                         " is outside [0, num_experts=", E, ")");
+    std::vector<W> grad_sum(padded(E), W(0));
+    std::copy_n(ds_ptr, E, grad_sum.begin());
     parallel_ranges(T, kTokensPerBlock, [&](int64_t begin, int64_t end) {
-      std::vector<W> scores(E), grad(E), chosen(K);
+      std::vector<W> scores(padded(E)), grad(padded(E)), chosen(K);
       for (int64_t t = begin; t < end; ++t)
-        backward_token_simd(in_ptr + t * E, softmax, lse_ptr[t], dl_ptr[t], ds_ptr, ids_ptr + t * K, dw_ptr + t * K, K,
-                            renormalize, scores.data(), grad.data(), chosen.data(), out_ptr + t * E, E);
+        backward_simd(in_ptr + t * E, softmax, lse_ptr[t], dl_ptr[t], grad_sum.data(), ids_ptr + t * K, dw_ptr + t * K,
+                      K, renormalize, scores.data(), grad.data(), chosen.data(), out_ptr + t * E, E);
     });
   });
   return out;

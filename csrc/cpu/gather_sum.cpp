@@ -3,8 +3,10 @@
 #include <ATen/Dispatch.h>
 
 #include "../check.h"
+#include "buffers.h"
 #include "parallel.h"
 #include "scalar.h"
+#include "stream.h"
 
 namespace tutelx {
 namespace {
@@ -86,9 +88,11 @@ void run(const at::Tensor& rows, const at::Tensor& dest, const std::optional<at:
   const int32_t* to = dest.const_data_ptr<int32_t>();
   const wide_t<T>* w = weights ? weights->const_data_ptr<wide_t<T>>() : nullptr;
   T* y = out.mutable_data_ptr<T>();
+  const bool stream = streams(T_ * D * static_cast<int64_t>(sizeof(T)));
   parallel_ranges(T_, rows_per_task(D * K * sizeof(T)), [&](int64_t begin, int64_t end) {
     std::vector<const T*> row(K);
     std::vector<wide_t<T>> weight(K), wide(K > kAtOnce ? D : 0);
+    std::vector<T> held(stream ? D : 0);
     for (int64_t t = begin; t < end; ++t) {
       int64_t n = 0;
       for (int64_t k = 0; k < K; ++k) {
@@ -98,8 +102,10 @@ void run(const at::Tensor& rows, const at::Tensor& dest, const std::optional<at:
         row[n] = in + r * D;
         weight[n++] = w ? w[t * K + k] : wide_t<T>(1);
       }
-      sum_token_simd(row.data(), weight.data(), n, wide.data(), y + t * D, D);
+      sum_token_simd(row.data(), weight.data(), n, wide.data(), stream ? held.data() : y + t * D, D);
+      if (stream) stream_copy(y + t * D, held.data(), D * sizeof(T));
     }
+    if (stream) finish_streaming();
   });
 }
 
@@ -109,7 +115,7 @@ at::Tensor gather_sum(const at::Tensor& rows, const at::Tensor& dest, const std:
   check_dim(dest, "dest", 2);
   check_dtype(dest, "dest", at::kInt);
   const at::Tensor in = rows.contiguous(), to = dest.contiguous();
-  at::Tensor out = at::empty({dest.size(0), rows.size(1)}, rows.options());
+  at::Tensor out = buffer({dest.size(0), rows.size(1)}, rows.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, rows.scalar_type(), "gather_sum", [&] {
     std::optional<at::Tensor> wide;
     if (weights) wide = weights->to(c10::CppTypeToScalarType<wide_t<scalar_t>>::value).contiguous();

@@ -11,7 +11,7 @@
 namespace tutelx {
 namespace {
 
-constexpr int64_t kSlotsPerBlock = 8192;
+constexpr int64_t kSlotsPerBlock = 65536;  // fewer are done before a second thread wakes
 
 // Slots in the order in which experts hand out their rows: every token's first choice, then every second one, ...
 struct Slots {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
+from tutelx import env
 from tutelx.errors import ExtensionError
 
 
@@ -19,21 +21,19 @@ def _extension_file() -> Path:
     raise ExtensionError(f"no compiled extension in {package} (looked for {', '.join(names)}); run `make` to build it")
 
 
+# The operators, and the same as plain functions: a call through torch.ops costs as much as a small operator does, but
+# it is the one that torch.compile can trace.
 try:
     torch.ops.load_library(_extension_file())
-except OSError as error:
+    kernels = torch.ops.tutelx
+    calls = importlib.import_module("tutelx._calls")
+except (OSError, ImportError) as error:
+    if isinstance(error, ExtensionError):
+        raise
     raise ExtensionError(
         f"the compiled extension does not load under torch {torch.__version__}; it was probably built with another"
         f" torch, run `make` to build it again: {error}"
     ) from error
 
-kernels = torch.ops.tutelx
-
-
-def once_differentiable(name: str) -> None:
-    """Marks a backward op: differentiating it again raises instead of giving silent zeros."""
-
-    def refuse(ctx, *grads):
-        raise NotImplementedError(f"{name} cannot be differentiated again: double backward is not implemented")
-
-    torch.library.register_autograd(name, refuse)
+if (limit := env.buffer_bytes()) is not None:
+    kernels.set_buffer_limit(limit)

@@ -8,7 +8,7 @@ import torch
 
 from tutelx.errors import InvalidValueError
 from tutelx.ops._checks import check_floating, check_same
-from tutelx.ops._library import kernels, once_differentiable
+from tutelx.ops._library import calls, kernels
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu")
@@ -21,12 +21,22 @@ def activation(gate: torch.Tensor, up: torch.Tensor | None = None, *, kind: Acti
         gate, up: equal shapes and dtypes: float32, float64, bfloat16 or float16.
         kind: silu, gelu (erf), gelu_tanh or relu.
     """
+    if torch.compiler.is_compiling():
+        _check(gate, up, kind)
+        return kernels.activation(gate, up, kind)
+    try:
+        return calls.activation(gate, up, kind)
+    except (TypeError, ValueError):
+        _check(gate, up, kind)  # as in encode
+        raise
+
+
+def _check(gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> None:
     check_floating(gate, "gate")
     check_activation(kind)
     if up is not None:
         check_same(tuple(up.shape), "up.shape", tuple(gate.shape), "gate.shape")
         check_same(up.dtype, "up.dtype", gate.dtype, "gate.dtype")
-    return kernels.activation(gate, up, kind)
 
 
 def check_activation(kind: str) -> None:
@@ -42,18 +52,3 @@ def _(gate, up, kind):
 @torch.library.register_fake("tutelx::activation_backward")
 def _(grad, gate, up, kind):
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape if up is not None else (0,))
-
-
-def _setup(ctx, inputs, output):
-    gate, up, ctx.kind = inputs
-    ctx.save_for_backward(gate, up)
-
-
-def _backward(ctx, grad):
-    gate, up = ctx.saved_tensors
-    grad_gate, grad_up = kernels.activation_backward(grad, gate, up, ctx.kind)
-    return grad_gate, grad_up if up is not None else None, None
-
-
-torch.library.register_autograd("tutelx::activation", _backward, setup_context=_setup)
-once_differentiable("tutelx::activation_backward")

@@ -6,7 +6,7 @@ import torch
 
 from tutelx.errors import InvalidTypeError
 from tutelx.ops._checks import check_floating, check_same, check_tensor
-from tutelx.ops._library import kernels, once_differentiable
+from tutelx.ops._library import calls, kernels
 from tutelx.types import DispatchMap
 
 
@@ -21,6 +21,17 @@ def decode(rows: torch.Tensor, map: DispatchMap, weights: torch.Tensor) -> torch
     Returns:
         [T, D] in the dtype of `rows`, summed in float32 (float64 for float64 rows). Differentiable in both tensors.
     """
+    if torch.compiler.is_compiling():
+        _check(rows, map, weights)
+        return kernels.decode(rows, map.dest, map.source, weights)
+    try:
+        return calls.decode(rows, map.dest, map.source, weights)
+    except (TypeError, ValueError):
+        _check(rows, map, weights)  # as in encode
+        raise
+
+
+def _check(rows: torch.Tensor, map: DispatchMap, weights: torch.Tensor) -> None:
     check_tensor(rows, "rows", dim=2)
     check_floating(rows, "rows")
     check_tensor(weights, "weights", dim=2)
@@ -28,7 +39,6 @@ def decode(rows: torch.Tensor, map: DispatchMap, weights: torch.Tensor) -> torch
     check_same(tuple(weights.shape), "weights.shape", tuple(map.dest.shape), "the map's [T, K]")
     if weights.dtype not in (torch.float32, rows.dtype):
         raise InvalidTypeError(f"weights is {weights.dtype}, expected torch.float32 or {rows.dtype} as rows")
-    return kernels.decode(rows, map.dest, map.source, weights)
 
 
 @torch.library.register_fake("tutelx::decode")
@@ -39,17 +49,3 @@ def _(rows, dest, source, weights):
 @torch.library.register_fake("tutelx::decode_backward")
 def _(grad_y, rows, dest, source, weights):
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
-
-
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad_y):
-    rows, dest, source, weights = ctx.saved_tensors
-    grad_rows, grad_weights = kernels.decode_backward(grad_y, rows, dest, source, weights)
-    return grad_rows, None, None, grad_weights
-
-
-torch.library.register_autograd("tutelx::decode", _backward, setup_context=_setup)
-once_differentiable("tutelx::decode_backward")

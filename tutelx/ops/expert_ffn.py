@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tutelx.ops._checks import check_floating, check_int, check_same, check_tensor
-from tutelx.ops._library import kernels, once_differentiable
+from tutelx.ops._library import kernels
 from tutelx.ops.activation import Activation, check_activation
 from tutelx.ops.expert_products import by_torch
 from tutelx.types import DispatchMap
@@ -78,10 +78,10 @@ def expert_ffn(
     check_int(tile_columns, "tile_columns")
     if rows.device.type != "cpu":
         return by_torch(rows, map, weights, activation, zero_unused=zero_unused)
-    lists = weights.lists()
-    keep = torch.is_grad_enabled() and (rows.requires_grad or any(w.requires_grad for ws in lists for w in ws))
+    # A traced graph knows no missing gradient. What the backward needs is kept where a gradient is recorded.
+    zero_unused = zero_unused or torch.compiler.is_compiling()
     out, _, _ = kernels.expert_ffn(
-        rows, map.counts, map.offsets, *lists, activation, tile_rows, tile_columns, keep, zero_unused
+        rows, map.counts, map.offsets, *weights.lists(), activation, tile_rows, tile_columns, False, zero_unused
     )
     return out
 
@@ -102,47 +102,3 @@ def _(grad_out, rows, counts, offsets, *args):
     lists, need_rows, need_weights = args[:6], args[-3], args[-2]
     grads = [[torch.empty_like(w) for w in ws] if need_weights else [] for ws in lists]
     return rows.new_empty(rows.shape if need_rows else (0,)), *grads
-
-
-def _setup(ctx, inputs, output):
-    rows, counts, offsets, *lists, ctx.activation, ctx.tile_rows, ctx.tile_columns, _, ctx.zero_unused = inputs
-    _, gate_pre, up_pre = output
-    ctx.lengths = [len(ws) for ws in lists]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(rows, counts, offsets, gate_pre, up_pre, *(w for ws in lists for w in ws))
-
-
-def _backward(ctx, grad_out, _gate_pre, _up_pre):
-    rows, counts, offsets, gate_pre, up_pre, *flat = ctx.saved_tensors
-    remaining = iter(flat)
-    lists = [[next(remaining) for _ in range(n)] for n in ctx.lengths]
-    if grad_out is None:
-        return None, None, None, *([None] * n for n in ctx.lengths), *[None] * 5
-    needs_weights = [list(flags) if isinstance(flags, (list, tuple)) else [] for flags in ctx.needs_input_grad[3:9]]
-    need_weights = any(flag for flags in needs_weights for flag in flags)
-    need_rows = ctx.needs_input_grad[0]
-    zero_unused = ctx.zero_unused or torch.compiler.is_compiling()
-    grad_rows, *grads = kernels.expert_ffn_backward(
-        grad_out,
-        rows,
-        counts,
-        offsets,
-        *lists,
-        gate_pre,
-        up_pre,
-        ctx.activation,
-        ctx.tile_rows,
-        ctx.tile_columns,
-        need_rows,
-        need_weights,
-        zero_unused,
-    )
-    if not need_weights:
-        grads = [[None] * n for n in ctx.lengths]
-    elif not zero_unused:
-        grads = [[g if g.numel() == w.numel() else None for g, w in zip(gs, ws)] for gs, ws in zip(grads, lists)]
-    return grad_rows if need_rows else None, None, None, *grads, *[None] * 5
-
-
-torch.library.register_autograd("tutelx::expert_ffn", _backward, setup_context=_setup)
-once_differentiable("tutelx::expert_ffn_backward")

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from tutelx.ops._checks import check_floating, check_int, check_same, check_tensor
-from tutelx.ops._library import kernels, once_differentiable
+from tutelx.ops._library import kernels
 from tutelx.ops.segments import split_segments
 from tutelx.types import DispatchMap
 
@@ -72,26 +72,3 @@ def _(rows, counts, offsets, weight, bias, tile_rows, tile_columns):
 def _(grad_out, rows, counts, offsets, weight, bias, tile_rows, tile_columns, need_rows, need_weights):
     grads = [[torch.empty_like(w) for w in ws] if need_weights else [] for ws in (weight, bias)]
     return rows.new_empty(rows.shape if need_rows else (0,)), *grads
-
-
-def _setup(ctx, inputs, output):
-    rows, counts, offsets, weight, bias, *ctx.tiles = inputs
-    ctx.lengths = len(weight), len(bias)
-    ctx.save_for_backward(rows, counts, offsets, *weight, *bias)
-
-
-def _backward(ctx, grad_out):
-    rows, counts, offsets, *flat = ctx.saved_tensors
-    weight, bias = flat[: ctx.lengths[0]], flat[ctx.lengths[0] :]
-    needed = [flags if isinstance(flags, (list, tuple)) else [] for flags in ctx.needs_input_grad[3:5]]
-    need_rows, need_weights = ctx.needs_input_grad[0], any(flag for flags in needed for flag in flags)
-    grad_rows, *grads = kernels.expert_linear_backward(
-        grad_out, rows, counts, offsets, weight, bias, *ctx.tiles, need_rows, need_weights
-    )
-    if not need_weights:
-        grads = [[None] * n for n in ctx.lengths]
-    return grad_rows if need_rows else None, None, None, *grads, None, None
-
-
-torch.library.register_autograd("tutelx::expert_linear", _backward, setup_context=_setup)
-once_differentiable("tutelx::expert_linear_backward")

@@ -8,7 +8,7 @@ import torch
 
 from tutelx.errors import InvalidValueError
 from tutelx.ops._checks import check_floating, check_int, check_tensor
-from tutelx.ops._library import kernels, once_differentiable
+from tutelx.ops._library import calls, kernels
 
 Score = Literal["softmax", "sigmoid"]
 
@@ -47,7 +47,8 @@ def gate(logits: torch.Tensor, top_k: int, *, score: Score = "softmax", normaliz
         raise InvalidValueError(f"top_k={top_k} exceeds num_experts={logits.shape[1]}")
     if score not in ("softmax", "sigmoid"):
         raise InvalidValueError(f"score={score!r} is neither 'softmax' nor 'sigmoid'")
-    return Gated(*kernels.gate(logits, top_k, score, normalize))
+    gate = kernels.gate if torch.compiler.is_compiling() else calls.gate
+    return Gated(*gate(logits, top_k, score, normalize))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -69,22 +70,3 @@ def _(logits, k, score, renormalize):
 @torch.library.register_fake("tutelx::gate_backward")
 def _(grad_weights, grad_score_sum, grad_logsumexp, logits, expert_ids, logsumexp, score, renormalize):
     return logits.new_empty(logits.shape)
-
-
-def _setup(ctx, inputs, output):
-    logits, _, ctx.score, ctx.renormalize = inputs
-    expert_ids, _, _, logsumexp = output
-    ctx.mark_non_differentiable(expert_ids)
-    ctx.save_for_backward(logits, expert_ids, logsumexp)
-
-
-def _backward(ctx, _, grad_weights, grad_score_sum, grad_logsumexp):
-    logits, expert_ids, logsumexp = ctx.saved_tensors
-    grad = kernels.gate_backward(
-        grad_weights, grad_score_sum, grad_logsumexp, logits, expert_ids, logsumexp, ctx.score, ctx.renormalize
-    )
-    return grad, None, None, None
-
-
-torch.library.register_autograd("tutelx::gate", _backward, setup_context=_setup)
-once_differentiable("tutelx::gate_backward")

@@ -6,7 +6,7 @@ import torch
 
 from tutelx.errors import InvalidTypeError, InvalidValueError
 from tutelx.ops._checks import check_int, check_tensor
-from tutelx.ops._library import kernels
+from tutelx.ops._library import calls, kernels
 from tutelx.types import DispatchMap, Layout
 
 
@@ -47,7 +47,8 @@ def route(
         raise InvalidValueError(f"layout={layout!r} is neither 'ragged' nor 'padded'")
     if order is not None:
         order = check_tensor(order, "order", dim=1).to(torch.int32)
-    dest, source, counts, offsets = kernels.route(_to_int32(ids_TK), num_experts, capacity, layout == "padded", order)
+    call = kernels.route if torch.compiler.is_compiling() else calls.route
+    dest, source, counts, offsets = call(_to_int32(ids_TK), num_experts, capacity, layout == "padded", order)
     return DispatchMap(
         dest=dest,
         source=source,

@@ -12,6 +12,7 @@ from tutelx.bench import limits
 from tutelx.bench.shapes import Shape
 from tutelx.bench.subject import Subject, Tensors, Way
 from tutelx.ops import reference
+from tutelx.ops._library import calls
 from tutelx.testing import cases
 
 
@@ -51,7 +52,7 @@ SUBJECTS = (
     Subject(
         op="activation_backward",
         make=_make_backward,
-        ours=lambda inputs: torch.ops.tutelx.activation_backward(*inputs, "silu"),
+        ours=lambda inputs: calls.activation_backward(*inputs, "silu"),
         plain=(Way(name="silu_backward", call=_backward_in_torch),),
         must_move=limits.activation_backward,
         gradients=True,

@@ -11,6 +11,7 @@ from tutelx.bench import limits
 from tutelx.bench.shapes import Shape
 from tutelx.bench.subject import Subject, Tensors, Way
 from tutelx.ops import reference
+from tutelx.ops._library import calls
 from tutelx.testing import cases
 
 
@@ -87,7 +88,7 @@ SUBJECTS = (
     Subject(
         op="gate_backward",
         make=_make_backward,
-        ours=lambda inputs: torch.ops.tutelx.gate_backward(*inputs, "softmax", True),
+        ours=lambda inputs: calls.gate_backward(*inputs, "softmax", True),
         plain=(Way(name="scatter_add", call=_backward_in_torch),),
         must_move=limits.gate_backward,
         gradients=True,

@@ -13,10 +13,9 @@ from tutelx.bench.shapes import Shape
 from tutelx.bench.subject import Subject, Tensors, Way, one_hot_unfit
 from tutelx.bench.subjects.route import case_of
 from tutelx.ops import reference
+from tutelx.ops._library import calls
 from tutelx.testing import cases
 from tutelx.types import DispatchMap
-
-kernels = torch.ops.tutelx
 
 
 @dataclass
@@ -101,7 +100,7 @@ SUBJECTS = (
     Subject(
         op="encode_backward",
         make=_maker("rows"),
-        ours=lambda inputs: kernels.encode_backward(inputs.rows_RD, inputs.map.dest),
+        ours=lambda inputs: calls.encode_backward(inputs.rows_RD, inputs.map.dest),
         plain=(
             Way(name="index_add", call=lambda inputs: _sum_into_tokens(inputs, inputs.rows_RD)),
             Way(name="gather + sum", call=lambda inputs: inputs.rows_RD[inputs.map.dest.long()].sum(dim=1)),
@@ -136,7 +135,7 @@ SUBJECTS = (
     Subject(
         op="decode_backward",
         make=_maker("x", "rows"),
-        ours=lambda inputs: kernels.decode_backward(
+        ours=lambda inputs: calls.decode_backward(
             inputs.x_TD, inputs.rows_RD, inputs.map.dest, inputs.map.source, inputs.weights_TK
         ),
         plain=(

@@ -1,0 +1,51 @@
+// The operators as plain Python functions. The general way through torch.ops costs as much as a small operator does;
+// what is called is the same dispatcher entry, so autograd, autocast and fake tensors see no difference. Tracing by
+// torch.compile does, and takes the general way.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/extension.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace tutelx {
+namespace {
+
+using at::Tensor;
+
+// A function that calls the operator of its name, without the interpreter's lock.
+template <class Result, class... Arguments>
+void define(pybind11::module_& m, const char* name, Result (*)(Arguments...)) {
+  const auto op = c10::Dispatcher::singleton()
+                      .findSchemaOrThrow((std::string("tutelx::") + name).c_str(), "")
+                      .template typed<Result(Arguments...)>();
+  m.def(name, [op](Arguments... arguments) -> Result {
+    const pybind11::gil_scoped_release no_lock;
+    return op.call(arguments...);
+  });
+}
+
+}  // namespace
+}  // namespace tutelx
+
+PYBIND11_MODULE(_calls, m) {
+  using namespace tutelx;
+  using Pair = std::tuple<Tensor, Tensor>;
+  using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+  using OptionalTensor = std::optional<Tensor>;
+  using Text = c10::string_view;
+  define(m, "gate", static_cast<Four (*)(const Tensor&, int64_t, Text, bool)>(nullptr));
+  define(m, "gate_backward",
+         static_cast<Tensor (*)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                const Tensor&, Text, bool)>(nullptr));
+  define(m, "route",
+         static_cast<Four (*)(const Tensor&, int64_t, std::optional<int64_t>, bool, const OptionalTensor&)>(nullptr));
+  define(m, "encode", static_cast<Tensor (*)(const Tensor&, const Tensor&, const Tensor&)>(nullptr));
+  define(m, "encode_backward", static_cast<Tensor (*)(const Tensor&, const Tensor&)>(nullptr));
+  define(m, "decode", static_cast<Tensor (*)(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(nullptr));
+  define(m, "decode_backward",
+         static_cast<Pair (*)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(nullptr));
+  define(m, "activation", static_cast<Tensor (*)(const Tensor&, const OptionalTensor&, Text)>(nullptr));
+  define(m, "activation_backward",
+         static_cast<Pair (*)(const Tensor&, const Tensor&, const OptionalTensor&, Text)>(nullptr));
+}
