@@ -163,7 +163,7 @@ def _examine_all(module: nn.Module) -> list[tuple[nn.Module, WrapReport]]:
             continue
         elif _is_transformers_loaded() and _transformers("recognise").is_candidate(layer):
             inside.update(layer.modules())
-            already = _transformers("registry").is_registered(layer) and _transformers("registry").is_on(layer)
+            already = _transformers("registry").is_on(layer)
             examined.append((layer, _report(name, layer, _transformers("recognise").recognise, already=already)))
         elif is_candidate(layer):
             examined.append((layer, _report(name, layer, recognise)))

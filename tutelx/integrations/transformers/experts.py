@@ -15,7 +15,7 @@ import torch
 
 from tutelx import ops
 from tutelx.errors import InvalidValueError
-from tutelx.integrations.transformers.gating import fused_activation
+from tutelx.integrations.transformers.gating import fused_activation, says
 from tutelx.integrations.transformers.setting import DEFAULT, Setting
 from tutelx.stats import RoutingStats
 from tutelx.types import DispatchMap, Plan, Workload
@@ -45,7 +45,7 @@ def experts_forward(
         ValueError, TypeError: shapes, ids or dtypes that do not fit together; the message names both.
     """
     E = experts.num_experts
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    first = "gate_up_proj" if says(experts, "has_gate") else "up_proj"
     dtype = _compute_dtype(getattr(experts, first))
     ids_TK = torch.where(top_k_index == E, -1, top_k_index)
     map, plan = _dispatch(experts, hidden_states, ids_TK, dtype, setting)
@@ -53,7 +53,7 @@ def experts_forward(
     rows_RM = ops.encode(hidden_states.to(dtype), map)
     hidden_RG = _product(experts, first, rows_RM, map, plan)
     out_RM = _product(experts, "down_proj", _activate(experts, hidden_RG), map, plan)
-    if experts.has_post_expert_norm:
+    if says(experts, "has_post_expert_norm"):
         out_RM = experts.post_expert_norm(out_RM)
     y_TM = ops.decode(out_RM, map, _as_weights(top_k_weights, out_RM.dtype))
     return y_TM.to(hidden_states.dtype)
@@ -85,7 +85,7 @@ def _dispatch(
         top_k=top_k,
         num_experts=E,
         model_dim=x_TM.shape[1],
-        hidden_dim=experts.down_proj.shape[1 if experts.is_transposed else 2],
+        hidden_dim=experts.down_proj.shape[1 if says(experts, "is_transposed") else 2],
         demand=int(map.counts.max()) if x_TM.device.type == "cpu" else None,
         capacity=limit,
         dtype=str(dtype).removeprefix("torch."),
@@ -104,11 +104,11 @@ def _dispatch(
 
 def _product(experts: Any, name: str, rows: torch.Tensor, map: DispatchMap, plan: Plan) -> torch.Tensor:
     weight = getattr(experts, name)
-    bias = (getattr(experts, f"{name}_bias").to(rows.dtype),) if experts.has_bias else ()
+    bias = (getattr(experts, f"{name}_bias").to(rows.dtype),) if says(experts, "has_bias") else ()
     return ops.expert_linear(
         rows,
         map,
-        ((weight.transpose(1, 2) if experts.is_transposed else weight).to(rows.dtype),),
+        ((weight.transpose(1, 2) if says(experts, "is_transposed") else weight).to(rows.dtype),),
         bias,
         tile_rows=plan.tile_rows,
         tile_columns=plan.tile_columns,
@@ -118,8 +118,8 @@ def _product(experts: Any, name: str, rows: torch.Tensor, map: DispatchMap, plan
 def _activate(experts: Any, hidden_RG: torch.Tensor) -> torch.Tensor:
     kind = fused_activation(experts)
     if kind is None:
-        return experts._apply_gate(hidden_RG) if experts.has_gate else experts.act_fn(hidden_RG)
-    if not experts.has_gate:
+        return experts._apply_gate(hidden_RG) if says(experts, "has_gate") else experts.act_fn(hidden_RG)
+    if not says(experts, "has_gate"):
         return ops.activation(hidden_RG, kind=kind)
     gate_RH, up_RH = hidden_RG.chunk(2, dim=-1)
     return ops.activation(gate_RH, up_RH, kind=kind)

@@ -1,4 +1,4 @@
-"""Is what an experts module puts between its two products one of the compiled activations?"""
+"""What an experts module says of itself, and whether a compiled activation does what it has between its products."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ from tutelx.ops.activation import Activation
 _DEFAULT_GATE = getattr(moe, "_default_apply_gate", None)
 
 
+def says(experts: nn.Module, flag: str) -> bool:
+    """What the module says of itself: has_gate, has_bias, is_transposed or has_post_expert_norm.
+
+    Experts that do not ask the library's registry say nothing; they are gated, and nothing else.
+    """
+    return bool(getattr(experts, flag, flag == "has_gate"))
+
+
 def fused_activation(experts: nn.Module) -> Activation | None:
     """The kind, if the module computes act(gate) * up, or act(up) without a gate; None: its own code has to run."""
-    if experts.has_gate and not _has_default_gate(experts):
+    if says(experts, "has_gate") and not _has_default_gate(experts):
         return None
     return _kind(experts.act_fn)
 
 
 def _has_default_gate(experts: nn.Module) -> bool:
-    if _DEFAULT_GATE is None or "_apply_gate" in experts.__dict__:
+    if "_apply_gate" in experts.__dict__:
         return False
-    return getattr(type(experts), "_apply_gate", None) is _DEFAULT_GATE
+    return getattr(type(experts), "_apply_gate", _DEFAULT_GATE) is _DEFAULT_GATE
 
 
 def _kind(act: object) -> Activation | None:

@@ -7,15 +7,14 @@ import re
 from torch import nn
 
 from tutelx.integrations.spec import Declined
-from tutelx.integrations.transformers.registry import is_registered
+from tutelx.integrations.transformers.registry import is_alike, is_registered
 
 # By family: the classes, what has no place, and why.
 _KNOWN: dict[str, tuple[tuple[str, ...], str, str]] = {
     "llama4": (("Llama4TextMoe",), "router", "weighs the input of the experts, not their output"),
     "dbrx": (("DbrxFFN",), "experts", "do not ask the registry: one matrix [E * H, M] holds all of them"),
     "jetmoe": (("JetMoeMoE", "JetMoeMoA"), "input_linear", "does not ask the registry: it is cut by expert sizes"),
-    "longcat_flash": (("LongcatFlashExperts",), "identity_expert", "returns its tokens as they are, without weights"),
-    "step3p7": (("Step3p7Experts",), "forward", "does not ask the registry"),
+    "longcat_flash": (("LongcatFlashMoE",), "experts", "give some tokens back as they are, without weights for it"),
     "switch_transformers": (("SwitchTransformersSparseMLP",), "router", "drops tokens over its capacity"),
     "nllb_moe": (("NllbMoeSparseMLP",), "router", "drops tokens over its capacity"),
     "doge": (("DogeCDMoE",), "down_embed", "holds experts of one row each, chosen from two sets of keys"),
@@ -33,9 +32,9 @@ def is_moe(module: nn.Module) -> bool:
         return True
     if not kind.__module__.startswith("transformers.") or not _NAME.search(kind.__name__):
         return False
-    if "Shared" in kind.__name__:  # experts that every token goes through
-        return False
-    return any(True for _ in module.parameters()) and not any(is_registered(child) for child in module.modules())
+    if "Shared" in kind.__name__ or next(module.parameters(), None) is None:
+        return False  # shared experts are those that every token goes through
+    return not any(is_registered(child) or is_alike(child) for child in module.modules())
 
 
 def family_reason(module: nn.Module) -> tuple[str, str] | None:

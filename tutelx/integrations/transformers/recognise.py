@@ -7,9 +7,9 @@ from torch import nn
 
 from tutelx.integrations.spec import Declined, ExpertsSpec
 from tutelx.integrations.transformers import outside
-from tutelx.integrations.transformers.gating import fused_activation
+from tutelx.integrations.transformers.gating import fused_activation, says
 from tutelx.integrations.transformers.parity import mismatch
-from tutelx.integrations.transformers.registry import check_reachable, is_registered
+from tutelx.integrations.transformers.registry import check_reachable, is_alike, is_registered
 
 _TOKENS = 4
 _VERIFY_TOKENS = 64
@@ -18,7 +18,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def is_candidate(module: nn.Module) -> bool:
     """Does it look enough like experts of transformers that leaving it alone deserves a word?"""
-    return is_registered(module) or outside.is_moe(module)
+    return is_registered(module) or is_alike(module) or outside.is_moe(module)
 
 
 def recognise(module: nn.Module) -> ExpertsSpec:
@@ -27,7 +27,7 @@ def recognise(module: nn.Module) -> ExpertsSpec:
     Raises:
         Declined: it is not certain that the numbers stay equal; the message names what has no place.
     """
-    if not is_registered(module):
+    if not is_registered(module) and not is_alike(module):
         raise outside.why_not(module)
     spec = _from_flags(module)
     check_reachable(module)
@@ -52,26 +52,26 @@ def _compare(module: nn.Module, spec: ExpertsSpec, *, tokens: int, weights: bool
 
 
 def _from_flags(experts: nn.Module) -> ExpertsSpec:
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    first = "gate_up_proj" if says(experts, "has_gate") else "up_proj"
     names = [first, "down_proj"]
-    if experts.has_bias:
+    if says(experts, "has_bias"):
         names += [f"{name}_bias" for name in names]
     held = [_parameter(experts, name) for name in names]
     for name, parameter in zip(names, held):
         if parameter.dtype != held[0].dtype:
             raise Declined(name, f"is of {parameter.dtype}, `{first}` is of {held[0].dtype}")
     model_dim, hidden_dim = held[1].shape[1:]
-    if experts.is_transposed:
+    if says(experts, "is_transposed"):
         model_dim, hidden_dim = hidden_dim, model_dim
     return ExpertsSpec(
         num_experts=held[0].shape[0],
         model_dim=model_dim,
         hidden_dim=hidden_dim,
-        gated=bool(experts.has_gate),
-        activation=fused_activation(experts) or ("_apply_gate" if experts.has_gate else "act_fn"),
-        bias=bool(experts.has_bias),
-        transposed=bool(experts.is_transposed),
-        norm=bool(experts.has_post_expert_norm),
+        gated=says(experts, "has_gate"),
+        activation=fused_activation(experts) or ("_apply_gate" if says(experts, "has_gate") else "act_fn"),
+        bias=says(experts, "has_bias"),
+        transposed=says(experts, "is_transposed"),
+        norm=says(experts, "has_post_expert_norm"),
         compared=held[0].device.type != "meta",
     )
 

@@ -7,6 +7,7 @@ before, and a module under that name that was not wrapped itself goes on as befo
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import weakref
@@ -24,6 +25,7 @@ from tutelx.types import Capacity, Planner
 NAME = "tutelx"
 _PREFIX = f"{NAME} over "
 _PROBE = object()
+_ARGUMENTS = ["hidden_states", "top_k_index", "top_k_weights"]
 # What a module of transformers can say of itself; more than this would go unheard.
 KNOWN_FLAGS = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
 
@@ -57,8 +59,9 @@ def wrapped_name(previous: str | None) -> str:
 
 
 def eager_forward(experts: nn.Module) -> Callable[..., Any]:
-    """The forward that the module's class was written with, which the registry stands in front of."""
-    return type(experts).forward.__wrapped__  # type: ignore[attr-defined]
+    """The forward that the module's class was written with; the registry, if any, stands in front of it."""
+    forward = type(experts).forward
+    return getattr(forward, "__wrapped__", forward)
 
 
 def is_registered(module: nn.Module) -> bool:
@@ -66,18 +69,31 @@ def is_registered(module: nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate") and hasattr(module, "config")
 
 
+def is_alike(module: nn.Module) -> bool:
+    """Does it have the parameters and the forward of those that ask the registry, without asking it?"""
+    if is_registered(module) or not isinstance(getattr(module, "num_experts", None), int):
+        return False
+    if not {"gate_up_proj", "down_proj"} <= module._parameters.keys() or not hasattr(module, "act_fn"):
+        return False
+    return list(inspect.signature(type(module).forward).parameters)[1:] == _ARGUMENTS
+
+
 def is_on(experts: nn.Module) -> bool:
     """Does tutelx run this module now?"""
-    name = experts.config._experts_implementation  # type: ignore[union-attr]
+    if not is_registered(experts):
+        return setting_of(experts) is not None
+    name = _implementation(experts)
     return name == NAME or (setting_of(experts) is not None and str(name).startswith(_PREFIX))
 
 
 def check_reachable(experts: nn.Module) -> None:
-    """Raises Declined unless a call of the module would ask the registry."""
-    if "forward" in vars(experts):
+    """Raises Declined unless a call of the module would come to tutelx."""
+    if "forward" in vars(experts) and not _is_ours(experts):
         raise Declined(
             "forward", f"is replaced on this very object: set_experts_implementation({NAME!r}) works underneath"
         )
+    if not is_registered(experts):
+        return
     before = _implementation(experts)
     try:
         _set_implementation(experts, NAME)
@@ -92,6 +108,10 @@ def check_reachable(experts: nn.Module) -> None:
 
 def switch_on(experts: nn.Module, *, capacity: Capacity, planner: Planner | None) -> None:
     """Runs the module by tutelx until :func:`switch_off`."""
+    if not is_registered(experts):
+        keep(experts, Setting(previous=None, capacity=capacity, planner=planner))
+        vars(experts)["forward"] = functools.partial(_forward, experts)
+        return
     now = _implementation(experts)
     # Modules share the switch: the second one finds it set already.
     shared = now is not None and now.startswith(_PREFIX)
@@ -108,16 +128,14 @@ def switch_off(experts: nn.Module) -> None:
     if setting is None:
         return
     forget(experts)
+    if not is_registered(experts):
+        if _is_ours(experts):
+            del vars(experts)["forward"]
+        return
     _wrapped.discard(experts)
     shared = any(other.config is experts.config for other in _wrapped)
     if not shared and _implementation(experts) == wrapped_name(setting.previous):
         _set_implementation(experts, setting.previous)
-
-
-def running(experts: nn.Module) -> str:
-    """The implementation that runs now, by its name in the library."""
-    now = _implementation(experts) or "eager"
-    return NAME if is_on(experts) else now.removeprefix(_PREFIX)
 
 
 def _implementation(experts: nn.Module) -> str | None:
@@ -136,6 +154,11 @@ def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights):
     if setting is None:
         return experts_forward(self, hidden_states, top_k_index, top_k_weights)
     return experts_forward(self, hidden_states, top_k_index, top_k_weights, setting=setting)
+
+
+def _is_ours(experts: nn.Module) -> bool:
+    forward = vars(experts).get("forward")
+    return isinstance(forward, functools.partial) and forward.func is _forward
 
 
 def _forward_over(previous: str) -> Callable[..., Any]:
