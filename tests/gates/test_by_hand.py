@@ -142,6 +142,13 @@ def test_experts_choose_tokens():
     assert routing.weights.flatten().tolist() == approx([0.4, 0.9, 0.5, 0.95])
 
 
+def test_expert_choice_rounds_up():
+    # C = 1 * 3 / 2 rounded up: two tokens for each of two experts.
+    routing = steer(ExpertChoice(k=1), 2)(log([0.6, 0.4], [0.9, 0.1], [0.3, 0.7]))
+    assert routing.expert_ids.tolist() == [[0, 1], [0, -1], [1, -1]]
+    assert routing.capacity == 2
+
+
 def test_expert_choice_gives_a_token_none_to_all():
     # C = 1: expert 0 takes token 0 (0.4), expert 1 token 1 (0.37), expert 2 token 0 (0.26).
     gate = steer(ExpertChoice(k=1), 3)

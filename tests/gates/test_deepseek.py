@@ -30,6 +30,12 @@ def test_v2_keeps_groups_by_their_best_affinity():
     assert steer(GroupLimited(k=3, num_groups=3, kept_groups=3), 6)(log(V2)).expert_ids.tolist() == [[0, 3, 2]]
 
 
+def test_equal_affinities_of_two_groups_go_to_the_lower_expert():
+    # Group 1 is kept first (0.3), then group 0 (0.2); of the two 0.2, expert 0 comes before expert 3.
+    gate = steer(GroupLimited(k=2, num_groups=3, kept_groups=2), 6)
+    assert gate(log([0.2, 0.1, 0.3, 0.2, 0.1, 0.1])).expert_ids.tolist() == [[2, 0]]
+
+
 def test_v2_losses_of_one_token():
     # K = 2, E = 6, T = 1: experts 0 and 3. f_i = 6/2 for them. balance = 3 * (0.30 + 0.25).
     config = {"balance_coef": 1.0, "device_coef": 1.0, "communication_coef": 1.0}

@@ -77,6 +77,15 @@ def test_an_upcycled_model_says_the_same_at_first(make, gate):
     assert_close(twin(x), expected)
 
 
+def test_dropout_in_training_does_not_hide_a_network():
+    model = dense(2, NETWORKS["with dropout"]).train()
+    old = model[0].mlp
+    assert converted(convert_dense(model, 4, every=1)) == [True, True]
+    assert model[0].mlp.training
+    assert old.dropout.training
+    assert not convert_dense(dense(1).eval(), 4, every=1)[0].mlp.training
+
+
 def test_without_upcycling_it_starts_anew():
     model = dense(2)
     x = tensor(3, 8, dtype=F64)
