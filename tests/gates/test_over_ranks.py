@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.cases import tensor
 from tests.gates.hand import F64
 from tests.tolerance import assert_close
-from tutelx import MoE, gates, ops
+from tutelx import Capacity, MoE, gates, ops
 from tutelx.gates import losses
 
 SPLIT = (0, 5, 12)  # uneven: tokens of rank 0, then of rank 1
@@ -95,3 +95,69 @@ def test_the_bias_follows_the_load_of_all_ranks(ranks):
     assert gate.bias_correction.any()
     for answer in ranks(2).run(update_a_bias):
         assert torch.equal(answer, gate.bias_correction)
+
+
+SHARED = {
+    "TopK": gates.TopK(),
+    "NoisyTopK": gates.NoisyTopK(),
+    "GShardTop2": gates.GShardTop2(group_size=3, second="always"),
+    "Switch": gates.Switch(jitter=0.0, reroute=3),
+    "STMoE": gates.STMoE(second="always"),
+    "Cosine": gates.Cosine(dim=5),
+    "ExpertChoice": gates.ExpertChoice(),
+    "GroupLimited": gates.GroupLimited(k=2, num_groups=2, kept_groups=1),
+    "BiasBalanced": gates.BiasBalanced(k=2),
+    "TopP": gates.TopP(p=0.6, k=3),
+    "Hierarchical": gates.Hierarchical(num_groups=2, kept_groups=1),
+}
+
+
+def whole_layer(name, **arguments):
+    torch.manual_seed(0)
+    layer = MoE(6, 8, 4, gate=SHARED[name], batch_prioritized=True, dtype=F64, **arguments)
+    with torch.no_grad():
+        for i, parameter in enumerate(layer.gate.parameters()):
+            parameter.copy_(tensor(*parameter.shape, seed=i) if parameter.numel() > 1 else parameter)
+    if name == "NoisyTopK":
+        layer.gate.draws.normal = lambda shape, like: torch.zeros(shape, dtype=F64)
+    return layer
+
+
+def run_whole(rank, name, capacity, split):
+    layer = whole_layer(name, capacity=capacity)
+    return layer(tensor(12, 6, dtype=F64)[split[rank] : split[rank + 1]]).detach()
+
+
+def run_shared(group, capacity, split):
+    """Each gate on a layer whose four experts lie on two ranks."""
+    found = {}
+    for name in SHARED:
+        whole, layer = whole_layer(name), whole_layer(name, capacity=capacity, mesh=group)
+        layer.gate.load_state_dict(whole.gate.state_dict())
+        with torch.no_grad():
+            for part, parameter in layer.experts.named_parameters():
+                own = slice(2 * group.rank(), 2 * group.rank() + 2)
+                parameter.copy_(whole.experts.get_parameter(part)[own])
+        found[name] = layer(tensor(12, 6, dtype=F64)[split[group.rank()] : split[group.rank() + 1]]).detach()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("capacity", "split"),
+    [(Capacity.dropless(), (0, 5, 12)), (Capacity.dropless(), (0, 12, 12)), (Capacity.fixed(0.6), (0, 6, 12))],
+    ids=str,
+)
+def test_every_gate_with_experts_on_two_ranks(ranks, capacity, split):
+    answers = ranks(2).run(run_shared, capacity, split)
+    for rank, found in enumerate(answers):
+        for name, y in found.items():
+            assert_close(y, run_whole(rank, name, capacity, split), what=name)
+
+
+def test_a_capacity_of_the_gate_holds_for_each_rank(ranks):
+    """Gates that drop by themselves do so by the tokens of their own rank, however many the other has."""
+    split = (0, 4, 12)
+    answers = ranks(2).run(run_shared, Capacity.fixed(0.6), split)
+    for rank, found in enumerate(answers):
+        for name in ("GShardTop2", "Switch", "ExpertChoice"):
+            assert_close(found[name], run_whole(rank, name, Capacity.fixed(0.6), split), what=name)
