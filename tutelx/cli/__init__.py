@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 
 from tutelx import __version__
-from tutelx.cli import bench, convert, demo
+from tutelx.cli import bench, convert, demo, doctor
 from tutelx.errors import TutelxError
 
-COMMANDS = (demo, bench, convert)
+COMMANDS = (demo, bench, convert, doctor)
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
