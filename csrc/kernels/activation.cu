@@ -10,9 +10,9 @@ struct Act;
 
 template <class A>
 struct Act<Activation::silu, A> {
-  static __device__ __forceinline__ A value(A x) { return x / (A(1) + exp(-x)); }
+  static __device__ __forceinline__ A value(A x) { return x * sigmoid(x); }
   static __device__ __forceinline__ A slope(A x) {
-    const A s = A(1) / (A(1) + exp(-x));
+    const A s = sigmoid(x);
     return s * (A(1) + x * (A(1) - s));
   }
 };
@@ -28,7 +28,7 @@ struct Act<Activation::gelu, A> {
 template <class A>
 struct Act<Activation::gelu_tanh, A> {
   static __device__ __forceinline__ A gate(A x) {
-    return A(1) / (A(1) + exp(A(-1.5957691216057308) * (x + A(0.044715) * x * x * x)));
+    return sigmoid(A(1.5957691216057308) * (x + A(0.044715) * x * x * x));
   }
   static __device__ __forceinline__ A value(A x) { return x * gate(x); }
   static __device__ __forceinline__ A slope(A x) {

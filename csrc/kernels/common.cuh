@@ -95,6 +95,16 @@ __device__ __forceinline__ f16 narrow<f16>(float x) {
   return __float2half_rn(x);
 }
 
+// Within 2 ulp where the divisor is in [1, 2], as it is below, and without the call that the exact division needs.
+__device__ __forceinline__ float divide(float x, float y) { return __fdividef(x, y); }
+__device__ __forceinline__ double divide(double x, double y) { return x / y; }
+
+template <class A>
+__device__ __forceinline__ A sigmoid(A x) {
+  const A e = exp(x < 0 ? x : -x);  // never overflows, so that tiny values keep their ratios
+  return divide(x < 0 ? e : A(1), A(1) + e);
+}
+
 // ---- Vectors of 16 bytes, or of one element where pointers or D do not allow them -----------------------------------
 
 constexpr int kVectorBytes = 16;

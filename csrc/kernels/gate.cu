@@ -43,16 +43,6 @@ __device__ __forceinline__ double from_key(uint64_t key) {
                    : __longlong_as_double(static_cast<long long>(key >> 63 ? key & 0x7fffffffffffffffull : ~key));
 }
 
-// Within 2 ulp where the divisor is in [1, 2], as it is below, and without the call that the exact division needs.
-__device__ __forceinline__ float divide(float x, float y) { return __fdividef(x, y); }
-__device__ __forceinline__ double divide(double x, double y) { return x / y; }
-
-template <class A>
-__device__ __forceinline__ A sigmoid(A x) {
-  const A e = exp(x < 0 ? x : -x);  // never overflows, so that tiny scores keep their ratios
-  return divide(x < 0 ? e : A(1), A(1) + e);
-}
-
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
 template <class A>
