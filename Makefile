@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install demo bench test test-all gpu-check lint format clean
+.PHONY: install demo bench test test-all gpu-check link-check lint format clean
 install: $(VENV)/.built
 
 demo: install
@@ -29,6 +29,19 @@ test-all: $(VENV)/.test
 # STAGE="build tests sanitizer bench": some of them. OPS="encode decode": benchmarks. RESULTS=folder of the record.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(STAGE) $(if $(RESULTS),--results $(RESULTS)) $(if $(OPS),--ops $(OPS))
+
+# Compiles, links and loads the CUDA extension against torch's CUDA wheels, about 5 GB to download. Needs nvcc, no GPU.
+LINK := build/link-check
+CUDA_TORCH ?= torch==2.11.0
+link-check: $(LINK)/.torch
+	TUTELX_CUDA=1 $(LINK)/venv/bin/python setup.py -q build_ext --build-lib $(LINK)/lib --build-temp $(LINK)/temp
+	$(LINK)/venv/bin/python -c 'import torch; torch.ops.load_library("$(LINK)/lib/tutelx/_C.so"); \
+	  assert torch._C._dispatch_has_kernel_for_dispatch_key("tutelx::encode", "CUDA"); print("loads in torch", torch.__version__)'
+
+$(LINK)/.torch:
+	$(PYTHON) -m venv $(LINK)/venv
+	$(LINK)/venv/bin/python -m pip install -q --disable-pip-version-check "$(CUDA_TORCH)" numpy "setuptools>=64" ninja
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
