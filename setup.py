@@ -2,6 +2,7 @@
 nvcc is there.
 
 TUTELX_CUDA=1 demands the CUDA build, TUTELX_CUDA=0 forbids it. TORCH_CUDA_ARCH_LIST chooses the architectures.
+TUTELX_PYTHON_API=0 leaves out what wants Python's headers: the quick way to the operators, and layers over many ranks.
 """
 
 import os
@@ -82,6 +83,6 @@ def many_ranks():
 
 
 setup(
-    ext_modules=[operators(), calls(), many_ranks()],
+    ext_modules=[operators(), *([] if os.environ.get("TUTELX_PYTHON_API") == "0" else [calls(), many_ranks()])],
     cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
 )

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -131,6 +132,12 @@ def build(card: Card, options: Options) -> Outcome:
     if missing:
         return Outcome(status="failed", detail=f"{sys.executable} lacks {missing}")
     environment = {"TUTELX_CUDA": "1", "TORCH_CUDA_ARCH_LIST": card.capability}
+    notes = [f"for compute capability {card.capability}"]
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        environment["TUTELX_PYTHON_API"] = "0"
+        notes.append("without what needs Python.h, which is missing")
+    if shutil.which("ninja") is None and absent("ninja"):
+        notes.append("without ninja, one file after the other")
     if "MAX_JOBS" not in os.environ:
         environment["MAX_JOBS"] = str(os.cpu_count() or 1)
     code, output = call([sys.executable, "setup.py", "build_ext", "--inplace"], options.minutes, **environment)
@@ -139,8 +146,7 @@ def build(card: Card, options: Options) -> Outcome:
     reason = lacks_kernels()
     if reason is not None:
         return Outcome(status="failed", detail=reason)
-    slow = " (without ninja, one file after the other)" if shutil.which("ninja") is None and absent("ninja") else ""
-    return Outcome(status="passed", detail=f"for compute capability {card.capability}{slow}")
+    return Outcome(status="passed", detail=", ".join(notes))
 
 
 def tests(card: Card, options: Options) -> Outcome:

@@ -1,6 +1,7 @@
 """Every environment variable that tutelx reads, once.
 
-Build time (setup.py): TUTELX_CUDA=1 demands the CUDA kernels, 0 forbids them; TORCH_CUDA_ARCH_LIST.
+Build time (setup.py): TUTELX_CUDA=1 demands the CUDA kernels, 0 forbids them; TORCH_CUDA_ARCH_LIST; TUTELX_PYTHON_API=0
+leaves out what wants Python's headers.
 """
 
 from __future__ import annotations

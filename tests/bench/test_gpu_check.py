@@ -76,6 +76,25 @@ def test_a_failed_build_ends_it_and_stages_keep_their_order(monkeypatch, options
     assert "tests" not in summary
 
 
+def test_the_build_is_for_the_card_and_says_what_it_left_out(monkeypatch, options, built, tmp_path):
+    seen = {}
+
+    def call(command, minutes, **environment):
+        seen.update(environment)
+        return 0, ""
+
+    monkeypatch.setattr(gpu_check, "call", call)
+    monkeypatch.setattr(gpu_check.sysconfig, "get_path", lambda name: str(tmp_path))
+    outcome = gpu_check.build(CARD, options)
+    assert outcome.status == "passed"
+    assert outcome.detail.startswith("for compute capability 9.0, without what needs Python.h, which is missing")
+    assert (seen["TUTELX_CUDA"], seen["TORCH_CUDA_ARCH_LIST"], seen["TUTELX_PYTHON_API"]) == ("1", "9.0", "0")
+    (tmp_path / "Python.h").touch()
+    seen.clear()
+    assert "Python.h" not in gpu_check.build(CARD, options).detail
+    assert "TUTELX_PYTHON_API" not in seen
+
+
 def test_a_stage_before_the_build(options, monkeypatch):
     monkeypatch.setattr(gpu_check, "lacks_kernels", lambda: "the extension has no CUDA kernels; run the stage build")
     for stage in (gpu_check.tests, gpu_check.sanitizer, gpu_check.bench):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def _extension_file() -> Path:
 try:
     torch.ops.load_library(_extension_file())
     kernels = torch.ops.tutelx
-    calls = importlib.import_module("tutelx._calls")
+    # A build without Python's headers has no such functions.
+    calls = importlib.import_module("tutelx._calls") if importlib.util.find_spec("tutelx._calls") else kernels
 except (OSError, ImportError) as error:
     if isinstance(error, ExtensionError):
         raise
