@@ -3,6 +3,7 @@ gradients, and that the layer computes what the routing says."""
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,3 +264,10 @@ def test_small_integers_tie_everywhere(data, name):
     assert torch.equal(one, other)
     assert one.isfinite().all()
     assert int(layer.stats.received_per_expert.max()) <= layer.stats.capacity
+
+
+def test_the_readme_names_every_gate():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    configs = [name for name in gates.__all__ if hasattr(getattr(gates, name), "build")]
+    assert len(configs) == 12, configs  # GateConfig, the protocol, among them
+    assert [name for name in configs if name != "GateConfig" and f"| `{name}` |" not in readme] == []
