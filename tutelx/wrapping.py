@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,6 +24,9 @@ from tutelx.integrations.sandbox import Sandbox
 from tutelx.integrations.spec import Declined, ExpertsSpec, LayerSpec
 from tutelx.layer import MoEBase
 from tutelx.types import Capacity, Planner
+
+if TYPE_CHECKING:
+    from tutelx.comm.mesh import MeshLike
 
 __all__ = ["WrapReport", "WrappedMoE", "explain", "unwrap", "wrap"]
 
@@ -74,6 +78,7 @@ def wrap(
     *,
     capacity: Capacity | None = None,
     planner: Planner | None = None,
+    mesh: MeshLike | None = None,
     verify: bool = False,
     strict: bool = False,
 ) -> nn.Module:
@@ -91,6 +96,8 @@ def wrap(
         module: a model, or an MoE layer itself.
         capacity: how many rows an expert may receive; dropless by default, which is what keeps the numbers.
         planner: chooses the plan of each call.
+        mesh: the ranks that share the experts of a transformers model, each with its own tokens; as for `tutelx.MoE`.
+            Every rank brings the same whole model and keeps its experts of it. All must call, and :func:`unwrap` too.
         verify: run both layers on random input and compare outputs and all gradients.
         strict: a layer that looks like an MoE layer and is not recognised is an error.
 
@@ -99,7 +106,8 @@ def wrap(
 
     Raises:
         ParityError: with `verify`, a relative error exceeds the dtype's tolerance; nothing is replaced.
-        InvalidValueError: with `strict`, a layer would be left alone; nothing is replaced.
+        InvalidValueError: with `strict`, a layer would be left alone; with `mesh`, there is a hand-written layer, or
+            experts that are wrapped already or that cannot be shared; nothing is replaced.
         InvalidTypeError: `module` is no `nn.Module`, `capacity` no Capacity.
     """
     capacity = Capacity.dropless() if capacity is None else capacity
@@ -109,15 +117,17 @@ def wrap(
     if strict and (left := [str(report) for _, report in examined if not report.recognised]):
         raise InvalidValueError("; ".join(left))
     replacements: dict[nn.Module, nn.Module] = {}
-    switched: list[nn.Module] = []
+    switched: list[tuple[nn.Module, ExpertsSpec]] = []
     for layer, report in examined:
         _log.log(logging.INFO if report.recognised else logging.WARNING, "wrap: %s", report)
+        if mesh is not None and report.spec is not None:
+            _check_shareable(layer, report)
         if report.spec is None or report.already:
             continue
         if isinstance(report.spec, ExpertsSpec):
             if verify:
                 _verify_experts(layer, report.spec, report)
-            switched.append(layer)
+            switched.append((layer, report.spec))
             continue
         wrapped = WrappedMoE(layer, report.spec, capacity=capacity, planner=planner)
         if verify:
@@ -125,8 +135,8 @@ def wrap(
         replacements[layer] = wrapped
     if not any(report.recognised for _, report in examined):
         _log.warning("wrap: nothing in this %s was recognised as an MoE layer", type(module).__name__)
-    for layer in switched:
-        _transformers("registry").switch_on(layer, capacity=capacity, planner=planner)
+    for layer, spec in switched:
+        _transformers("registry").switch_on(layer, spec, capacity=capacity, planner=planner, mesh=mesh)
     return _replace(module, replacements)
 
 
@@ -218,6 +228,16 @@ def _verify(layer: nn.Module, wrapped: WrappedMoE, report: WrapReport) -> None:
             f"{report.name or 'the module itself'} ({report.kind}): {what} differs by a relative error of {error:.2e},"
             f" tolerance {limit:.0e} ({parameter.dtype})"
         )
+
+
+def _check_shareable(layer: nn.Module, report: WrapReport) -> None:
+    if not isinstance(report.spec, ExpertsSpec):
+        raise InvalidValueError(f"mesh was given, but {report}: only experts of transformers are shared by wrap")
+    across = _transformers("across")
+    if not report.already:
+        across.check_shareable(layer)
+    elif not across.is_shared(layer):
+        raise InvalidValueError(f"mesh was given, but {report}: unwrap it first")
 
 
 def _verify_experts(layer: nn.Module, spec: ExpertsSpec, report: WrapReport) -> None:

@@ -8,10 +8,11 @@
 parameters and its checkpoints; only the experts' forward is another one.
 """
 
+from tutelx.integrations.transformers.across import whole_state_dict
 from tutelx.integrations.transformers.experts import experts_forward
 from tutelx.integrations.transformers.registry import NAME, register
 from tutelx.integrations.transformers.setting import Setting, setting_of
 
-__all__ = ["NAME", "Setting", "experts_forward", "setting_of"]
+__all__ = ["NAME", "Setting", "experts_forward", "setting_of", "whole_state_dict"]
 
 register()

@@ -15,6 +15,7 @@ import torch
 
 from tutelx import ops
 from tutelx.errors import InvalidValueError
+from tutelx.integrations.transformers.across import forward_across
 from tutelx.integrations.transformers.gating import fused_activation, says
 from tutelx.integrations.transformers.setting import DEFAULT, Setting
 from tutelx.stats import RoutingStats
@@ -48,15 +49,31 @@ def experts_forward(
     first = "gate_up_proj" if says(experts, "has_gate") else "up_proj"
     dtype = _compute_dtype(getattr(experts, first))
     ids_TK = torch.where(top_k_index == E, -1, top_k_index)
+    weights_TK = _as_weights(top_k_weights, dtype)
+    if setting.ranks is not None:
+        y_TM = forward_across(
+            experts,
+            hidden_states.to(dtype),
+            ids_TK,
+            weights_TK,
+            hidden_dim=_hidden_dim(experts),
+            setting=setting,
+            compute=lambda rows, map, plan: _compute(experts, rows, map, plan),
+        )
+        return y_TM.to(hidden_states.dtype)
     map, plan = _dispatch(experts, hidden_states, ids_TK, dtype, setting)
+    out_RM = _compute(experts, ops.encode(hidden_states.to(dtype), map), map, plan)
+    return ops.decode(out_RM, map, weights_TK).to(hidden_states.dtype)
 
-    rows_RM = ops.encode(hidden_states.to(dtype), map)
-    hidden_RG = _product(experts, first, rows_RM, map, plan)
+
+def _compute(experts: Any, rows_RM: torch.Tensor, map: DispatchMap, plan: Plan) -> torch.Tensor:
+    hidden_RG = _product(experts, "gate_up_proj" if says(experts, "has_gate") else "up_proj", rows_RM, map, plan)
     out_RM = _product(experts, "down_proj", _activate(experts, hidden_RG), map, plan)
-    if says(experts, "has_post_expert_norm"):
-        out_RM = experts.post_expert_norm(out_RM)
-    y_TM = ops.decode(out_RM, map, _as_weights(top_k_weights, out_RM.dtype))
-    return y_TM.to(hidden_states.dtype)
+    return experts.post_expert_norm(out_RM) if says(experts, "has_post_expert_norm") else out_RM
+
+
+def _hidden_dim(experts: Any) -> int:
+    return experts.down_proj.shape[1 if says(experts, "is_transposed") else 2]
 
 
 def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -85,7 +102,7 @@ def _dispatch(
         top_k=top_k,
         num_experts=E,
         model_dim=x_TM.shape[1],
-        hidden_dim=experts.down_proj.shape[1 if says(experts, "is_transposed") else 2],
+        hidden_dim=_hidden_dim(experts),
         demand=int(map.counts.max()) if x_TM.device.type == "cpu" else None,
         capacity=limit,
         dtype=str(dtype).removeprefix("torch."),

@@ -10,6 +10,7 @@ from tutelx.integrations.transformers import outside
 from tutelx.integrations.transformers.gating import fused_activation, says
 from tutelx.integrations.transformers.parity import mismatch
 from tutelx.integrations.transformers.registry import check_reachable, is_alike, is_registered
+from tutelx.integrations.transformers.setting import setting_of
 
 _TOKENS = 4
 _VERIFY_TOKENS = 64
@@ -29,6 +30,10 @@ def recognise(module: nn.Module) -> ExpertsSpec:
     """
     if not is_registered(module) and not is_alike(module):
         raise outside.why_not(module)
+    setting = setting_of(module)
+    if setting is not None and setting.ranks is not None:
+        assert setting.spec is not None
+        return setting.spec  # this rank's part alone would not show it
     spec = _from_flags(module)
     check_reachable(module)
     if spec.compared:

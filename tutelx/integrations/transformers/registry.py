@@ -12,15 +12,19 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.integrations import moe
 
-from tutelx.integrations.spec import Declined
+from tutelx.integrations.spec import Declined, ExpertsSpec
+from tutelx.integrations.transformers.across import gather, share
 from tutelx.integrations.transformers.experts import experts_forward
 from tutelx.integrations.transformers.setting import Setting, forget, keep, setting_of
 from tutelx.types import Capacity, Planner
+
+if TYPE_CHECKING:
+    from tutelx.comm.mesh import MeshLike
 
 NAME = "tutelx"
 _PREFIX = f"{NAME} over "
@@ -106,17 +110,27 @@ def check_reachable(experts: nn.Module) -> None:
         raise Declined("forward", "does not ask the registry")
 
 
-def switch_on(experts: nn.Module, *, capacity: Capacity, planner: Planner | None) -> None:
-    """Runs the module by tutelx until :func:`switch_off`."""
-    if not is_registered(experts):
-        keep(experts, Setting(previous=None, capacity=capacity, planner=planner))
-        vars(experts)["forward"] = functools.partial(_forward, experts)
-        return
-    now = _implementation(experts)
+def switch_on(
+    experts: nn.Module,
+    spec: ExpertsSpec,
+    *,
+    capacity: Capacity,
+    planner: Planner | None,
+    mesh: MeshLike | None = None,
+) -> None:
+    """Runs the module by tutelx until :func:`switch_off`; with a mesh, its experts are shared among the ranks."""
+    now = _implementation(experts) if is_registered(experts) else None
     # Modules share the switch: the second one finds it set already.
     shared = now is not None and now.startswith(_PREFIX)
     previous = now.removeprefix(_PREFIX) if shared else now  # type: ignore[union-attr]
-    keep(experts, Setting(previous=previous, capacity=capacity, planner=planner))
+    setting = Setting(previous=previous, capacity=capacity, planner=planner)
+    setting.spec = spec
+    if mesh is not None:
+        share(experts, setting, mesh)
+    keep(experts, setting)
+    if not is_registered(experts):
+        vars(experts)["forward"] = functools.partial(_forward, experts)
+        return
     _wrapped.add(experts)
     if not shared:
         _set_implementation(experts, wrapped_name(previous))
@@ -127,6 +141,8 @@ def switch_off(experts: nn.Module) -> None:
     setting = setting_of(experts)
     if setting is None:
         return
+    if setting.ranks is not None:
+        gather(experts, setting)
     forget(experts)
     if not is_registered(experts):
         if _is_ours(experts):

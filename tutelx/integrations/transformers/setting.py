@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from tutelx.integrations.spec import ExpertsSpec
 from tutelx.planner import RulePlanner
 from tutelx.stats import RoutingStats
 from tutelx.types import Capacity, Decision, Planner
+
+if TYPE_CHECKING:
+    from tutelx.comm.ranks import Ranks
 
 _ATTRIBUTE = "_tutelx"
 
@@ -18,6 +22,7 @@ class Setting:
 
     previous: the implementation that the library's configuration named before.
     last_decision, stats: the last call's plan, and its load.
+    ranks, spec: where the experts are shared with other ranks, and what they were found to compute before.
     """
 
     def __init__(self, *, previous: str | None, capacity: Capacity, planner: Planner | None) -> None:
@@ -25,6 +30,8 @@ class Setting:
         self.planner: Planner = RulePlanner() if planner is None else planner
         self.last_decision: Decision | None = None
         self.stats: RoutingStats | None = None
+        self.ranks: Ranks | None = None
+        self.spec: ExpertsSpec | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_decision": None, "stats": None}
