@@ -9,11 +9,12 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
+import torch.distributed as dist
 
 from tutelx.comm._library import native
-from tutelx.comm.groups import node_groups
 from tutelx.comm.mesh import Mesh
 from tutelx.comm.placement import Placement, chunk
+from tutelx.comm.subgroups import subgroup
 from tutelx.types import DispatchMap, Plan
 
 
@@ -54,7 +55,7 @@ class RankCall:
         else:
             hierarchical = plan.all_to_all == "2dh"
             owned, targets = placement.experts_of(rank), _targets(placement, plan.shard_degree)
-            self.exchange = native.Exchange(mesh.group, *(node_groups(mesh) if hierarchical else ()))
+            self.exchange = native.Exchange(mesh.group, *(_node_groups(mesh) if hierarchical else ()))
             self.num_local = len(owned)
             self.traffic = native.Traffic(
                 kept, targets, rank, owned.start, len(owned), plan.pipeline_degree, hierarchical
@@ -115,6 +116,18 @@ class RankCall:
         places = place.index_select(0, copies.clamp_min(0))
         dest = torch.where(copies < 0, copies.new_full((), -1), places).reshape(tokens, choices * r)
         return replace(map, source=slots, dest=dest)
+
+
+def _node_groups(mesh: Mesh) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The ranks of this node, and those of this place on all nodes.
+
+    Made on first use, which all ranks have at the same time, as they run one plan, and in this order, so that none
+    waits for one that waits for it.
+    """
+    m = mesh.check_nodes()
+    node, local = divmod(mesh.rank, m)
+    within = subgroup(mesh, range(node * m, (node + 1) * m), "node")
+    return within, subgroup(mesh, range(local, mesh.world, m), "across")
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -35,15 +34,6 @@ class Mesh:
     def global_ranks(self) -> tuple[int, ...]:
         """The default group's rank of each rank of this group."""
         return tuple(dist.get_process_group_ranks(self.group))
-
-    @property
-    def timeout(self) -> timedelta | None:
-        """How long the group waits for a rank; None where its backend does not say."""
-        for device in self.group._device_types:
-            options = getattr(self.group._get_backend(device), "options", None)
-            if options is not None:
-                return options._timeout
-        return None
 
     def check_nodes(self) -> int:
         """ranks_per_node, for what needs it.

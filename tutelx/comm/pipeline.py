@@ -78,7 +78,8 @@ class _Ffn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: torch.Tensor):
-        weights, kept = ctx.saved_tensors[:6], list(ctx.saved_tensors[6:])
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them only once
+        weights, kept = saved[:6], list(saved[6:])
         shards = ctx.call.shards(ctx.hidden_dim)
         grad_rows, grads = native.ffn_backward(
             ctx.call.exchange,
