@@ -133,10 +133,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("bytes_sent", &WeightShards::bytes_sent);
 
   py::class_<FfnOptions>(m, "FfnOptions")
-      .def(py::init([](std::string activation, bool batched, int64_t tile_rows, int64_t tile_columns) {
-             return FfnOptions{std::move(activation), batched, tile_rows, tile_columns};
+      .def(py::init([](std::string activation, const std::string& kernel, int64_t tile_rows, int64_t tile_columns) {
+             return FfnOptions{std::move(activation), parse_kernel(kernel), tile_rows, tile_columns};
            }),
-           py::kw_only(), py::arg("activation"), py::arg("batched"), py::arg("tile_rows"), py::arg("tile_columns"));
+           py::kw_only(), py::arg("activation"), py::arg("kernel"), py::arg("tile_rows"), py::arg("tile_columns"));
 
   m.def("ffn_forward", &ffn_forward, no_gil);
   m.def("ffn_backward", &ffn_backward, no_gil);

@@ -90,3 +90,21 @@ def test_an_accelerator_runs_what_is_left():
 def test_fixed():
     plan = Plan(layout="padded")
     assert FixedPlanner(plan).plan(decide().workload).plan is plan
+
+
+def test_the_degree_that_sends_the_fewest_numbers():
+    # One expert of 1000 numbers on 4 ranks, M = 10, K = 1, T tokens, inference. A rank owns 250 of the expert.
+    # r = 0: 250 * 3 = 750 whatever T. r = 1: 750, and rows there and back: 2 * 10T * 3/4 = 15T.
+    # r = 2: 250 * 1, and 30T. r = 4: 60T. So 4 up to 8 tokens (480; 2 gives 490), 2 up to 16 (730), then 0.
+    ranks = {"world": 4, "num_experts": 1, "top_k": 1, "model_dim": 10, "expert_numbers": 1000, "training": False}
+    chosen = {
+        tokens: decide(**ranks, tokens=tokens, demand=tokens, shard_degrees=(0, 1, 2, 4)).plan.shard_degree
+        for tokens in (1, 8, 9, 16, 17, 1000)
+    }
+    assert chosen == {1: 4, 8: 4, 9: 2, 16: 2, 17: 0, 1000: 0}
+    decision = decide(**ranks, tokens=8, demand=8, shard_degrees=(0, 1, 2, 4))
+    assert decision.reason.endswith(
+        "7.50e+02 at degree 0, 8.70e+02 at degree 1, 4.90e+02 at degree 2, 4.80e+02 at degree 4"
+    )
+    # Training: rows twice, weights three times: at 9 tokens 2 * 540 against 3 * 250 + 2 * 270 and 3 * 750.
+    assert decide(**{**ranks, "training": True}, tokens=9, demand=9, shard_degrees=(0, 1, 2, 4)).plan.shard_degree == 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tutelx.types import Decision, ExpertKernel, Layout, Plan, Workload
 
 SMALLEST_ROWS, LARGEST_ROWS = 64, 1024  # a tile below is mostly overhead, one above no longer fits the cache
@@ -29,12 +31,16 @@ class RulePlanner:
 
     On an accelerator, what does not wait for it: grouped products over the rows that arrived; without them a batched
     one, where a capacity bounds what it pads to at most twice the rows; else expert after expert.
+
+    Over many ranks, the shard degree with the fewest bytes to send; not cut into chunks, as what that hides is known
+    only by measurement.
     """
 
     same_on_all_ranks = True
 
     def plan(self, workload: Workload) -> Decision:
-        return _on_cpu(workload) if workload.device == "cpu" else _on_accelerator(workload)
+        decision = _on_cpu(workload) if workload.device == "cpu" else _on_accelerator(workload)
+        return _over_ranks(decision) if workload.world > 1 else decision
 
 
 def _on_accelerator(workload: Workload) -> Decision:
@@ -72,6 +78,25 @@ def _on_cpu(workload: Workload) -> Decision:
     few_tiles = rows < 2 * workload.threads * tile_rows
     plan = Plan(layout=layout, tile_rows=tile_rows, tile_columns=NARROW if few_tiles else WIDE)
     return Decision(plan=plan, source="rule", reason=reason, workload=workload)
+
+
+def _over_ranks(decision: Decision) -> Decision:
+    workload = decision.workload
+    sent = {degree: numbers_sent(workload, degree) for degree in workload.shard_degrees}
+    degree = min(sent, key=lambda r: (sent[r], abs(r - 1)))
+    compared = ", ".join(f"{sent[r]:.2e} at degree {r}" for r in sent)
+    plan = replace(decision.plan, shard_degree=degree)
+    return replace(decision, plan=plan, reason=f"{decision.reason}; numbers to send: {compared}")
+
+
+def numbers_sent(workload: Workload, degree: int) -> float:
+    """Numbers that a rank sends to others in one call, if experts are chosen evenly (Tutel, section 4.1)."""
+    W, E, P = workload.world, workload.num_experts, workload.expert_numbers
+    share, slices = P * E / W, max(workload.shard_degrees)
+    gathered = share * ((W if degree == 0 else slices // degree) - 1)
+    rows = 2 * workload.tokens * workload.top_k * workload.model_dim * degree * (W - 1) / W  # there and back
+    # Training sends rows' gradients too, gathers the weights again and sends their gradients home.
+    return 2 * rows + 3 * gathered if workload.training else rows + gathered
 
 
 def _power_of_two_from(n: int) -> int:

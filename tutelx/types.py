@@ -168,7 +168,8 @@ class Workload:
     demand: the fullest expert's slots, before any drop, over many ranks those from one rank; None where reading it
         would stall the device.
     layouts, expert_kernels, shard_degrees, all_to_alls: what can run.
-    world: ranks that share the experts. load: each expert's slots from all ranks, before any drop; empty if unknown.
+    world: ranks that share the experts. expert_numbers: parameters of one expert.
+    load: each expert's slots from all ranks, before any drop; empty if unknown.
     """
 
     tokens: int
@@ -188,6 +189,7 @@ class Workload:
     all_to_alls: tuple[AllToAll, ...] = ("linear",)
     world: int = 1
     ranks_per_node: int | None = None
+    expert_numbers: int = 0
     load: tuple[int, ...] = ()
 
     @property

@@ -147,24 +147,45 @@ Flight::Flight(const Group& group, const at::Tensor& in, Splits in_splits, Split
   shape[0] = sum(out_splits);
   if (!out_.defined()) out_ = at::empty(shape, in.options());
   TORCH_INTERNAL_ASSERT(out_.size(0) == shape[0] && out_.is_contiguous() && in_.is_contiguous());
-  at::Tensor to = out_;
-  if (is_staged(group, in.device())) {
-    const auto host = in.options().device(at::kCPU).pinned_memory(true);
-    in_ = at::empty(in.sizes(), host);
-    in_.copy_(in);
-    to = host_out_ = at::empty(shape, host);
-  }
-  talk("the all-to-all", [&] {
+  auto [from, to] = on_the_way(group);
+  talk("the all-to-all", [&, &from = from, &to = to] {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // its newer name is missing in torch 2.10
-    work_ = group->alltoall_base(to, in_, out_splits, in_splits);
+    work_ = group->alltoall_base(to, from, out_splits, in_splits);
 #pragma GCC diagnostic pop
     return 0;
   });
 }
 
+Flight::Flight(const Group& group, const at::Tensor& in, int64_t& bytes_sent) : in_(in.contiguous()) {
+  std::vector<int64_t> shape = in.sizes().vec();
+  shape[0] *= group->getSize();
+  bytes_sent += (group->getSize() - 1) * in.nbytes();
+  out_ = at::empty(shape, in.options());
+  auto [from, to] = on_the_way(group);
+  // As bytes: not every backend gathers every dtype.
+  from = from.view({-1}).view(at::kByte), to = to.view({-1}).view(at::kByte);
+  talk("the all-gather", [&, &from = from, &to = to] {
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // its newer name is missing in torch 2.10
+    work_ = group->_allgather_base(to, from);
+#pragma GCC diagnostic pop
+    return 0;
+  });
+}
+
+std::pair<at::Tensor, at::Tensor> Flight::on_the_way(const Group& group) {
+  if (!is_staged(group, in_.device())) return {in_, out_};
+  const auto host = in_.options().device(at::kCPU).pinned_memory(true);
+  at::Tensor from = at::empty(in_.sizes(), host);
+  from.copy_(in_);
+  in_ = from;
+  host_out_ = at::empty(out_.sizes(), host);
+  return {from, host_out_};
+}
+
 at::Tensor Flight::wait() {
-  if (work_) talk("the all-to-all", [&] { return work_->wait(); });
+  if (work_) talk("the exchange", [&] { return work_->wait(); });
   work_.reset();
   if (host_out_.defined()) out_.copy_(host_out_, /*non_blocking=*/true);
   in_.reset();

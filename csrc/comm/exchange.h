@@ -62,14 +62,20 @@ class Exchange {
   int64_t bytes_sent_ = 0;
 };
 
-// One alltoall_base under way, of tensors cut along their first dimension.
+// One collective of the backend under way, of tensors cut along their first dimension.
 class Flight {
  public:
+  // All-to-all.
   Flight(const Group& group, const at::Tensor& in, Splits in_splits, Splits out_splits, const at::Tensor& out,
          int64_t& bytes_sent);
+  // All-gather: what all ranks give, one after the other; equally much from each.
+  Flight(const Group& group, const at::Tensor& in, int64_t& bytes_sent);
   at::Tensor wait();
 
  private:
+  // Where `in_` and `out_` lie while they travel: themselves, or copies in pinned host memory.
+  std::pair<at::Tensor, at::Tensor> on_the_way(const Group& group);
+
   c10::intrusive_ptr<c10d::Work> work_;
   at::Tensor in_, out_, host_out_;
 };

@@ -14,12 +14,6 @@ using List = std::vector<at::Tensor>;
 
 List list(const at::Tensor& weight) { return weight.defined() ? List{weight} : List{}; }
 
-// Whether `tutelx::expert_ffn` is compiled for the device.
-bool has_kernel(const at::Tensor& rows) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("tutelx::expert_ffn", "");
-  return rows.is_cpu() || op.hasKernelForDispatchKey(c10::DispatchKey::CUDA);
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> tiled(const at::Tensor& rows, const at::Tensor& counts,
                                                      const at::Tensor& offsets, const Weights& w,
                                                      const FfnOptions& options, bool keep) {
@@ -52,16 +46,23 @@ Backward tiled_backward(const at::Tensor& grad_out, const at::Tensor& counts, co
 
 }  // namespace
 
+Kernel parse_kernel(const std::string& name) {
+  if (name == "tiled") return Kernel::tiled;
+  if (name == "batched") return Kernel::batched;
+  TORCH_CHECK_VALUE(name == "each", "kernel='", name, "' is none of 'tiled', 'batched', 'each'");
+  return Kernel::each;
+}
+
 at::Tensor FfnForward::operator()(int64_t chunk, const at::Tensor& rows) {
   if (!gathered_) weights_ = shards_.finish_gather();
   gathered_ = true;
   const auto [counts, offsets] = traffic_.segments(chunk);
   at::Tensor out, gate_pre, up_pre;
-  if (!options_.batched && has_kernel(rows))
+  if (options_.kernel == Kernel::tiled)
     std::tie(out, gate_pre, up_pre) = tiled(rows, counts, offsets, weights_, options_, keep_);
   else
     std::tie(out, gate_pre, up_pre) =
-        products(rows, segments_of(offsets, options_.batched), weights_, options_.activation);
+        products(rows, segments_of(offsets, options_.kernel == Kernel::batched), weights_, options_.activation);
   if (keep_) kept.insert(kept.end(), {rows, gate_pre, up_pre});
   return out;
 }
@@ -73,7 +74,7 @@ at::Tensor FfnBackward::operator()(int64_t chunk, const at::Tensor& grad_out) {
   const at::Tensor* kept = kept_.data() + 3 * chunk;
   at::Tensor grad_rows;
   Weights grads;
-  if (!options_.batched && has_kernel(grad_out)) {
+  if (options_.kernel == Kernel::tiled) {
     const Backward result = tiled_backward(grad_out, counts, offsets, weights_, kept, options_, need_weights_);
     grad_rows = std::get<0>(result);
     const auto first = [](const List& l) { return l.empty() ? at::Tensor() : l[0]; };
@@ -81,8 +82,8 @@ at::Tensor FfnBackward::operator()(int64_t chunk, const at::Tensor& grad_out) {
              first(std::get<4>(result)), first(std::get<5>(result)), first(std::get<6>(result))};
   } else {
     std::tie(grad_rows, grads) =
-        products_backward(grad_out, kept[0], kept[1], kept[2], segments_of(offsets, options_.batched), weights_,
-                          options_.activation, need_weights_);
+        products_backward(grad_out, kept[0], kept[1], kept[2], segments_of(offsets, options_.kernel == Kernel::batched),
+                          weights_, options_.activation, need_weights_);
   }
   if (need_weights_) add(grads);
   for (int64_t i = 0; i < 3; ++i) kept_[3 * chunk + i].reset();

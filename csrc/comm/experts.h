@@ -10,9 +10,15 @@
 
 namespace tutelx::comm {
 
+// How the products run: the compiled operator's tiles, one batched product over equally many rows an expert, or a
+// product for each expert.
+enum class Kernel { tiled, batched, each };
+
+Kernel parse_kernel(const std::string& name);
+
 struct FfnOptions {
   std::string activation;
-  bool batched;  // one batched product over equally many rows an expert, instead of tiles
+  Kernel kernel;
   int64_t tile_rows, tile_columns;
 };
 

@@ -1,5 +1,7 @@
 #include "weights.h"
 
+#include <algorithm>
+
 #include "../check.h"
 
 namespace tutelx::comm {
@@ -83,6 +85,11 @@ void WeightShards::start_gather(const Weights& mine) {
   if (shares_.size() == 1) return;
   const at::Tensor flat = flattened({mine.begin(), mine.end()});
   const Splits of_share = sizes();
+  const bool alike = std::all_of(of_share.begin(), of_share.end(), [&](int64_t n) { return n == of_share[0]; });
+  if (alike && static_cast<int64_t>(shares_.size()) == group_->getSize()) {
+    flight_ = std::make_unique<Flight>(group_, flat, bytes_sent_);
+    return;
+  }
   flight_ = std::make_unique<Flight>(group_, flat.repeat({static_cast<int64_t>(shares_.size())}),
                                      splits(Splits(shares_.size(), flat.numel())), splits(of_share), at::Tensor(),
                                      bytes_sent_);

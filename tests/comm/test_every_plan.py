@@ -8,6 +8,7 @@ import torch
 
 from tests.comm.cases import Case, check, run_cases
 from tutelx import Plan
+from tutelx.comm import pipeline
 from tutelx.comm.placement import Placement
 
 TOKENS = {1: (9,), 2: (5, 8), 4: (5, 7, 0, 9)}
@@ -76,4 +77,24 @@ def test_low_precision(ranks, dtype):
     plans = [Plan(), Plan(shard_degree=2, pipeline_degree=2), Plan(shard_degree=0), Plan(all_to_all="2dh")]
     low = [Case(tokens=(5, 7, 0, 9), num_experts=2, plan=plan, dtype=dtype, ranks_per_node=2) for plan in plans]
     for case, answers in zip(low, zip(*ranks(4).run(run_cases, low))):
+        check(case, answers)
+
+
+def products_of_torch(group, cases):
+    """As on a device for which the tiles are not compiled."""
+    pipeline._kernel, before = (lambda plan, device: "each"), pipeline._kernel
+    try:
+        return run_cases(group, cases)
+    finally:
+        pipeline._kernel = before
+
+
+def test_a_product_for_each_expert(ranks):
+    tried = [
+        Case(tokens=(5, 8), num_experts=e, plan=plan, experts=experts, bias=bias)
+        for e in (1, 4)
+        for plan in (Plan(), Plan(pipeline_degree=2, layout="padded"), Plan(shard_degree=0))
+        for experts, bias in (("gated", True), ("gated", False), ("ffn", True), ("ffn", False))
+    ]
+    for case, answers in zip(tried, zip(*ranks(2).run(products_of_torch, tried))):
         check(case, answers)

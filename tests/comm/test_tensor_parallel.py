@@ -69,6 +69,25 @@ def test_different_tokens_in_one_group(ranks):
     assert ranks(2).run(unequal) == ["RankMismatchError: rank 1 has tokens=6, rank 0 has tokens=5"] * 2
 
 
+def unequal_elsewhere(group):
+    """The ranks of the first pair differ, those of the second wait for them."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    rank = dist.get_rank(group)
+    moe = layer(mesh=group, tp_group=pairs[rank // 2])
+    try:
+        moe(tensor(5 + (rank == 1), 4, dtype=torch.float64))
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_the_rest_of_the_mesh_is_told(ranks):
+    answers = ranks(4).run(unequal_elsewhere)
+    wrong = "RankMismatchError: rank 1 has tokens=6, rank 0 has tokens=5"
+    assert answers[:2] == [wrong] * 2
+    told = f"rank 0 failed before the exchange: {wrong}; rank 1 failed before the exchange: {wrong}"
+    assert answers[2:] == [f"RankFailedError: {told}"] * 2
+
+
 def elsewhere(group):
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine = dist.get_rank() // 2

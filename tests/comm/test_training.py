@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.cases import tensor
 from tests.comm.cases import Case, check, run_cases
 from tests.tolerance import assert_close
-from tutelx import MoE, Plan
+from tutelx import MoE, Plan, parallel
 from tutelx.gates import TopK
 from tutelx.types import Decision
 
@@ -152,7 +152,9 @@ def under_ddp(group, kind):
     experts = nn.ModuleList(Scale(v) for v in VALUES) if kind == "custom" else "gated"
     moe = MoE(4, 8, 3, gate=TopK(k=2, balance_coef=0), experts=experts, mesh=group, dtype=torch.float64)
     model = nn.Sequential(nn.Linear(4, 4, dtype=torch.float64), moe, nn.Linear(4, 2, dtype=torch.float64))
-    names = [name for name, _ in model.named_parameters() if ".experts." in name]
+    own = {id(p) for p in parallel.expert_parameters(model)}
+    names = [name for name, p in model.named_parameters() if id(p) in own]
+    assert names == [name for name, _ in model.named_parameters() if ".experts." in name]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     wrapped = DistributedDataParallel(model, process_group=group)
     for step in range(2):

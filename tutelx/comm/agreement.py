@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -119,15 +119,15 @@ def agree_on_plan(mesh: Mesh, plan: Plan, device: torch.device) -> None:
 
 
 @contextmanager
-def announced_failure(mesh: Mesh | None, device: torch.device) -> Iterator[None]:
+def announced_failure(mesh: Mesh, device: torch.device) -> Iterator[None]:
     """A rank that fails in here tells the others, which are about to agree, and raises its own error."""
     try:
         yield
     except Exception as error:
-        if mesh is not None and not isinstance(error, (RankFailedError, RankMismatchError)):
-            text = f"{type(error).__name__}: {error}".encode()[: 8 * _EAGER]
-            words = struct.unpack(f"<{-(-len(text) // 8)}q", text.ljust(-(-len(text) // 8) * 8, b"\0"))
-            message = torch.tensor([_FAILED, len(text), *words], dtype=torch.int64)
+        text = f"{type(error).__name__}: {error}".encode()[: 8 * _EAGER]
+        words = struct.unpack(f"<{-(-len(text) // 8)}q", text.ljust(-(-len(text) // 8) * 8, b"\0"))
+        message = torch.tensor([_FAILED, len(text), *words], dtype=torch.int64)
+        with suppress(RankFailedError):
             native.gather_messages(mesh.group, message, _CAPACITY, device)
         raise
 

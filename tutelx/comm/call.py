@@ -55,7 +55,7 @@ class RankCall:
         else:
             hierarchical = plan.all_to_all == "2dh"
             owned, targets = placement.experts_of(rank), _targets(placement, plan.shard_degree)
-            self.exchange = native.Exchange(mesh.group, *(_node_groups(mesh) if hierarchical else ()))
+            self.exchange = native.Exchange(mesh.group, *(node_groups(mesh) if hierarchical else ()))
             self.num_local = len(owned)
             self.traffic = native.Traffic(
                 kept, targets, rank, owned.start, len(owned), plan.pipeline_degree, hierarchical
@@ -118,7 +118,7 @@ class RankCall:
         return replace(map, source=slots, dest=dest)
 
 
-def _node_groups(mesh: Mesh) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+def node_groups(mesh: Mesh) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """The ranks of this node, and those of this place on all nodes.
 
     Made on first use, which all ranks have at the same time, as they run one plan, and in this order, so that none

@@ -37,13 +37,19 @@ def run_ffn(
     """
     options = native.FfnOptions(
         activation=activation,
-        batched=plan.expert_kernel == "bmm",
+        kernel=_kernel(plan, rows.device),
         tile_rows=plan.tile_rows,
         tile_columns=plan.tile_columns,
     )
     stacked = [ws[0] if ws else None for ws in weights.lists()]
     rows, keep = _joined(call, rows, stacked)
     return _Ffn.apply(call, hidden_dim, options, keep, rows, *stacked)
+
+
+def _kernel(plan: Plan, device: torch.device) -> str:
+    if plan.expert_kernel == "bmm":
+        return "batched"
+    return "tiled" if device.type == "cpu" else "each"  # tiles are compiled for the CPU alone
 
 
 def run_modules(

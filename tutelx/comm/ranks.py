@@ -14,7 +14,7 @@ from tutelx.comm.agreement import Agreed, Terms, agree, agree_on_plan, announced
 from tutelx.comm.call import RankCall
 from tutelx.comm.mesh import Mesh
 from tutelx.comm.placement import Placement
-from tutelx.comm.shards import Shard, hold_shards
+from tutelx.comm.shards import Shard, hold_own, hold_shards
 from tutelx.types import AllToAll, Capacity, Decision, DispatchMap, Plan, Planner, Routing, Workload
 
 _REMEMBERED = 256  # calls whose backward may be outstanding
@@ -56,6 +56,10 @@ class Ranks:
     def shard(self, shape: tuple[int, ...], sliced_dim: int) -> Shard:
         """This rank's part of a parameter whose whole shape is [E, ...]."""
         return Shard(mesh=self.mesh, placement=self.placement, shape=shape, sliced_dim=sliced_dim)
+
+    def hold_modules(self, module: nn.Module) -> None:
+        """Declares all parameters of `module`, which is somebody's experts, to be this rank's own."""
+        hold_own(module, self.mesh, self.placement)
 
     def hold(self, module: nn.Module, shards: dict[str, Shard]) -> None:
         """Declares them: state dicts carry the whole tensors, gradient averaging leaves them out."""
@@ -107,6 +111,7 @@ class Ranks:
             all_to_alls=all_to_alls,
             world=self.mesh.world,
             ranks_per_node=self.mesh.ranks_per_node,
+            expert_numbers=experts.numbers,
             load=tuple(agreed.counts.sum(dim=0).tolist()),
         )
 
@@ -119,7 +124,7 @@ class Ranks:
         Raises:
             RankMismatchError: on every rank, if the planners differ.
         """
-        key = agreed.counts.numpy().tobytes(), agreed.tokens, workload.top_k, workload.capacity, workload.dtype
+        key = hash(agreed.counts.numpy().tobytes()), agreed.tokens, workload.top_k, workload.capacity, workload.dtype
         first = self._decisions.get(key) if torch._C._current_graph_task_id() != -1 else None
         if first is not None:
             return first

@@ -125,6 +125,30 @@ def slice_groups(mesh: Mesh, slices: int) -> tuple[dist.ProcessGroup, dist.Proce
     return across, within
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnTensor(Shard):
+    """A parameter that no other rank has a part of: that of somebody's own expert module."""
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        return tuple(slice(0, size) for size in self.shape)
+
+    def whole(self, local: torch.Tensor) -> torch.Tensor:
+        return local
+
+    def part(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+
+def hold_own(module: nn.Module, mesh: Mesh, placement: Placement) -> None:
+    """Declares all parameters of `module` to be this rank's own, as :func:`hold_shards`; state dicts give them as they
+    are, under names that should therefore differ from rank to rank."""
+    module._expert_shards = {  # type: ignore[assignment]
+        name: OwnTensor(mesh=mesh, placement=placement, shape=tuple(parameter.shape))
+        for name, parameter in module.named_parameters()
+    }
+
+
 def hold_shards(module: nn.Module, shards: Mapping[str, Shard]) -> None:
     """Declares parameters of `module` to be shards, by name.
 

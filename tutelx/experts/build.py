@@ -42,11 +42,14 @@ def build_experts(
             experts = _own(experts, num_experts, ranks)
         elif len(experts) != num_experts:
             raise InvalidValueError(f"experts holds {len(experts)} modules, num_experts={num_experts}")
-        return ListedExperts(experts)
-    if isinstance(experts, Experts):
-        return experts
     if isinstance(experts, nn.Module):
-        return BatchedExperts(experts)
+        if isinstance(experts, Experts):
+            built = experts
+        else:
+            built = ListedExperts(experts) if isinstance(experts, nn.ModuleList) else BatchedExperts(experts)
+        if ranks is not None:
+            ranks.hold_modules(built)
+        return built
     if experts not in ("gated", "ffn"):
         raise InvalidValueError(f"experts={experts!r} is neither 'gated', 'ffn' nor a module")
     gated = experts == "gated"

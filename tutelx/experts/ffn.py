@@ -58,9 +58,11 @@ class FeedForwardExperts(Experts):
         self.activation = activation
         self.gated = gated
         self._shards: dict[str, Shard] = {}
+        self.numbers = 0
 
         def add(name: str, *shape: int, sliced: int) -> None:
             whole = (num_experts, *shape)
+            self.numbers += math.prod(shape)
             if ranks is not None:
                 self._shards[name] = ranks.shard(whole, sliced)
                 whole = self._shards[name].local_shape
