@@ -32,6 +32,7 @@ class LocalExperts:
 
     layouts: tuple[Layout, ...] = ("ragged",)
     expert_kernels: tuple[ExpertKernel, ...] = ("tiled",)
+    numbers = 0  # the weights never travel
 
     def __init__(self, module: nn.Module, hidden_dim: int) -> None:
         self._module, self.hidden_dim = module, hidden_dim
