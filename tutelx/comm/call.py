@@ -54,11 +54,11 @@ class RankCall:
             self.traffic = native.Traffic(kept[rank : rank + 1], _here(experts), 0, 0, experts, 1, False)
         else:
             hierarchical = plan.all_to_all == "2dh"
-            owned, targets = placement.experts_of(rank), _targets(placement, plan.shard_degree)
+            owned, table = placement.experts_of(rank), targets(placement, plan.shard_degree)
             self.exchange = native.Exchange(mesh.group, *(node_groups(mesh) if hierarchical else ()))
             self.num_local = len(owned)
             self.traffic = native.Traffic(
-                kept, targets, rank, owned.start, len(owned), plan.pipeline_degree, hierarchical
+                kept, table, rank, owned.start, len(owned), plan.pipeline_degree, hierarchical
             )
         self.map = self._in_send_order(map, int(kept[mesh.rank].sum()))
 
@@ -131,7 +131,7 @@ def node_groups(mesh: Mesh) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
 
 
 @lru_cache(maxsize=64)
-def _targets(placement: Placement, degree: int) -> torch.Tensor:
+def targets(placement: Placement, degree: int) -> torch.Tensor:
     """[E, W, r] int32: the ranks that each rank sends its rows for each expert to."""
     table = [
         [list(placement.targets(expert, source, degree)) for source in range(placement.world)]
