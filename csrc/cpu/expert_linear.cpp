@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "buffers.h"
 #include "expert_weights.h"
 #include "gemm.h"
 #include "parallel.h"
@@ -39,7 +40,7 @@ at::Tensor expert_linear(const at::Tensor& rows, const at::Tensor& counts, const
   const Segments segments(counts, offsets, x.size(0));
   const Linear linear(weight, bias, x.scalar_type(), segments.experts());
   check_size(x, "rows", 1, linear.in, "the weight's inputs");
-  const at::Tensor out = at::empty({x.size(0), linear.out}, x.options());
+  const at::Tensor out = buffer({x.size(0), linear.out}, x.options());
   const Matrix from = matrix_of(x), to = matrix_of(out);
   const std::vector<Tile> tiles = cut(segments, linear.out, TileSize(tile_rows, tile_columns));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "expert_linear", [&] {
@@ -74,7 +75,7 @@ std::tuple<at::Tensor, Gradients, Gradients> expert_linear_backward(const at::Te
   const TileSize size(tile_rows, tile_columns);
   const std::vector<int64_t> sizes = segments.sizes();
 
-  const at::Tensor grad_rows = need_rows ? at::empty_like(x) : at::empty({0}, x.options());
+  const at::Tensor grad_rows = need_rows ? buffer_like(x) : at::empty({0}, x.options());
   const std::vector<Tile> row_tiles = need_rows ? cut(segments, linear.in, size) : std::vector<Tile>();
   Gradients grad_weight, grad_bias;
   std::vector<Tile> weight_tiles;  // an expert's rows, and a block of its outputs
