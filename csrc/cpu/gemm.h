@@ -26,8 +26,14 @@ inline Matrix matrix_of(const at::Tensor& t) {
   return {static_cast<char*>(t.data_ptr()), t.size(0), t.size(1), t.stride(0), t.stride(1), t.scalar_type()};
 }
 
+// c = a @ b where a has few rows, b is a transposed weight [out,in] with its inputs side by side, and the machine has
+// the instructions; elsewhere does nothing and returns false. Each element is one sum in a fixed order: its bits do not
+// depend on the rows and columns beside it.
+bool multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& c);
+
 // c = a @ b, or c += a @ b. Runs on the calling thread when it is inside a parallel region.
 inline void multiply(const Matrix& a, const Matrix& b, const Matrix& c, bool add = false) {
+  if (!add && multiply_few_rows(a, b, c)) return;
   at::Tensor out = c.tensor();
   if (add)
     at::cpu::addmm_out(out, out, a.tensor(), b.tensor());

@@ -46,10 +46,11 @@ def test_copies_are_equal_and_apart():
     assert first.map.dest.data_ptr() != second.map.dest.data_ptr()
 
 
-def test_the_copy_reads_half_of_what_must_move():
-    sources = rotation.copy_sources(1000, torch.device("cpu"), cache=1000, memory=10**9)
-    assert {source.numel() * source.element_size() for source in sources} == {500}
-    assert len(sources) == 8
+def test_the_copy_reads_half_of_what_must_move_and_writes_the_other_half():
+    pairs = rotation.copy_pairs(1000, torch.device("cpu"), cache=1000, memory=10**9)
+    assert {tensor.numel() * tensor.element_size() for pair in pairs for tensor in pair} == {500}
+    assert len(pairs) == 4
+    assert rotation.copy_once(pairs[0]) is pairs[0][1]
 
 
 def test_experts_take_turns_before_their_weights_are_copied():

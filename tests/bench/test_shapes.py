@@ -27,7 +27,7 @@ def test_every_set_has_a_single_token():
     ("text", "message"),
     [
         ("huge", "sizes='huge' is none of small, default, large"),
-        ("Q=1", "'Q' is none of T, D, K, E, H"),
+        ("Q=1", "'Q' is none of T, D, K, E, H, S"),
         ("T=1,T=2", "T is given twice"),
         ("T=-1", "T='-1' is not a positive whole number"),
         ("T=", "T='' is not"),
@@ -35,6 +35,7 @@ def test_every_set_has_a_single_token():
         ("T=0", "T=0 must be an int of at least 1"),
         ("E=2,K=3", "K=3 exceeds E=2"),
         ("T=1,", "'' is none of"),
+        ("E=16,K=4,S=5", "S=5 exceeds E/K=16/4"),
     ],
 )
 def test_a_wrong_size_is_named(text, message):

@@ -58,11 +58,12 @@ def test_a_row_of_every_op(op, dtype):
     row = measure(subject, dtype=dtype)
     assert (row.status, row.error) == ("ok", None)
     assert [each.kind for each in row.measured[:3]] == ["ours", "yardstick", "plain"]
-    assert row.one("yardstick").name == ("GEMMs" if op in ("expert_ffn", "layer") else "copy")
+    yardsticks = {"expert_ffn": "GEMMs", "layer": "GEMMs", "layer_inference": "read"}
+    assert row.one("yardstick").name == yardsticks.get(op, "copy")
     assert [each.name for each in row.measured if each.kind == "reference"] == (
         ["reference"] if subject.reference else []
     )
-    expected = {"grouped_mm"} if dtype == "float64" and op in ("expert_ffn", "layer") else set()
+    expected = {"grouped_mm"} if dtype == "float64" and op in yardsticks else set()
     assert row.skipped.keys() == expected
     assert row.percent_of_yardstick() == (100.0, 100.0, 100.0)
 

@@ -63,6 +63,11 @@ def layer(shape: Shape, S: int, touched: int) -> int:
     return 4 * shape.T * shape.D * S + (2 * touched + shape.E) * _matrices(shape, S)
 
 
+def layer_inference(shape: Shape, S: int, touched: int) -> int:
+    """x and y, and the three matrices of every expert that got a row. The router's share is left out."""
+    return 2 * shape.T * shape.D * S + touched * _matrices(shape, S)
+
+
 def expert_ffn_flops(shape: Shape) -> int:
     """Three products of D x H a row, two operations each."""
     return 6 * shape.rows * shape.D * shape.H

@@ -63,15 +63,21 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
         yield from tensors(vars(value))
 
 
-def copy_sources(must_move: int, device: torch.device, *, cache: int, memory: int) -> list[torch.Tensor]:
-    """What the copy yardstick clones: half of `must_move` bytes, as a copy reads them once and writes them once.
+def copy_pairs(must_move: int, device: torch.device, *, cache: int, memory: int) -> list[tuple[torch.Tensor, ...]]:
+    """What the copy yardstick copies, (from, to): half of `must_move` bytes, read once and written once.
 
-    `torch.clone` allocates its output, as the ops do, and uses torch's threads, as they do.
+    Both sides exist before the clock starts: no page is touched for the first time, as it is in a result that was
+    just allocated. That makes it the stricter yardstick.
     """
     elements = max(1, math.ceil(must_move / 2 / 4))
-    copies = plan(4 * elements, cache=cache, memory=memory).copies
+    copies = plan(8 * elements, cache=cache, memory=memory).copies
     # Written, so that every page exists: a page that was never touched reads from one page of zeros.
-    return [torch.ones(elements, dtype=torch.float32, device=device) for _ in range(copies)]
+    return [tuple(torch.ones(elements, dtype=torch.float32, device=device) for _ in range(2)) for _ in range(copies)]
+
+
+def copy_once(pair: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    source, destination = pair
+    return destination.copy_(source)
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:

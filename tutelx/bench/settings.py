@@ -22,6 +22,7 @@ OPS = (
     "activation_backward",
     "expert_ffn",
     "layer",
+    "layer_inference",
 )
 # Whole gates against their textbook form: `tutelx bench gate` times them too, a run of all ops does not.
 GATES = (

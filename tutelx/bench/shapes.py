@@ -9,13 +9,17 @@ from tutelx.errors import InvalidValueError
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """T tokens, D model dim, K choices a token, E experts, H an expert's hidden dim."""
+    """T tokens, D model dim, K choices a token, E experts, H an expert's hidden dim.
+
+    S: skew, the fullest expert's rows over the mean; at most E/K, as a token chooses an expert once.
+    """
 
     T: int = 8192
     D: int = 1024
     K: int = 2
     E: int = 64
     H: int = 256
+    S: int = 1
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -23,9 +27,11 @@ class Shape:
                 raise InvalidValueError(f"{name}={value!r} must be an int of at least 1")
         if self.K > self.E:
             raise InvalidValueError(f"K={self.K} exceeds E={self.E}")
+        if self.S > 1 and self.S * self.K > self.E:
+            raise InvalidValueError(f"S={self.S} exceeds E/K={self.E}/{self.K}")
 
     def __str__(self) -> str:
-        return " ".join(f"{name}{value}" for name, value in asdict(self).items())
+        return " ".join(f"{name}{value}" for name, value in asdict(self).items() if name != "S" or value > 1)
 
     @property
     def rows(self) -> int:

@@ -39,7 +39,8 @@ class Subject(Generic[Inputs]):
     rotate: that set and others, as many as asked for: equal work in different memory. Default: deep copies.
     ours: the compiled op. plain: the same in plain torch, in several ways. reference: `tutelx.ops.reference`, which is
         a Python loop: only at small sizes.
-    gemms: the matrix products that the op cannot avoid, as its yardstick; None: a copy of `must_move` bytes.
+    gemms: the matrix products that the op cannot avoid, as its yardstick.
+    reads: the tensors whose one read it cannot avoid, as its yardstick. With neither: a copy of `must_move` bytes.
     must_move, flops: of one call; see `limits`.
     compared: what of an output is compared; ways may differ in the rest (the order among equal scores).
     gradients: some of the outputs are, and take the wider tolerance.
@@ -53,6 +54,7 @@ class Subject(Generic[Inputs]):
     rotate: Callable[[Inputs, int], list[Inputs]] = rotation.rotate
     reference: Callable[[Inputs], Any] | None = None
     gemms: Callable[[Inputs], Any] | None = None
+    reads: Callable[[Inputs], Tensors] | None = None
     flops: Callable[[Shape], int] | None = None
     compared: Callable[[Inputs, Any], Tensors] = lambda inputs, output: as_tuple(output)
     gradients: bool = False

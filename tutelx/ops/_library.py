@@ -11,6 +11,7 @@ import torch
 
 from tutelx import env
 from tutelx.errors import ExtensionError
+from tutelx.machine import memory_bytes
 
 
 def _extension_file() -> Path:
@@ -37,5 +38,14 @@ except (OSError, ImportError) as error:
         f" torch, run `make` to build it again: {error}"
     ) from error
 
-if (limit := env.buffer_bytes()) is not None:
+
+def _buffer_limit() -> int | None:
+    """As the user says, else a quarter of the memory, shared by the ranks of this machine."""
+    if (given := env.buffer_bytes()) is not None:
+        return given
+    memory = memory_bytes()
+    return None if memory is None else memory // 4 // (env.local_world_size() or 1)
+
+
+if (limit := _buffer_limit()) is not None:
     kernels.set_buffer_limit(limit)

@@ -1,7 +1,7 @@
 """Memory that large results leave behind on the CPU, kept for the next ones.
 
-Fresh pages cost several times what an operator itself does. By default up to 1 GiB stays; the environment variable
-TUTELX_BUFFER_BYTES says otherwise, 0 keeps nothing.
+Fresh pages cost several times what an operator itself does. By default up to a quarter of the memory stays, shared by
+the ranks of this machine; the environment variable TUTELX_BUFFER_BYTES says otherwise, 0 keeps nothing.
 """
 
 from __future__ import annotations

@@ -52,6 +52,19 @@ def _expert_ids(case: Case, generator: torch.Generator) -> torch.Tensor:
     return ids
 
 
+def skewed_ids(case: Case, fullest: int, seed: int = 0) -> torch.Tensor:
+    """[T, K] int32 on the CPU, distinct within a token: expert 0 gets `fullest` slots, the others share the rest.
+
+    fullest: at most T; a token chooses an expert once.
+    """
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.rand((case.tokens, case.num_experts), generator=generator)
+        noise[:, 0] = 2.0
+        noise[torch.randperm(case.tokens, generator=generator)[:fullest], 0] = -1.0
+        return noise.argsort(dim=1)[:, : case.top_k].int()
+
+
 def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, grad: bool = False) -> torch.Tensor:
     """Normal numbers, on torch's default device: other numbers on another kind of device."""
     device = torch.get_default_device()

@@ -2,7 +2,7 @@
 
 from tutelx.bench.settings import GATES, OPS
 from tutelx.bench.subject import Subject
-from tutelx.bench.subjects import activation, experts, gate, gates, layer, route, rows
+from tutelx.bench.subjects import activation, experts, gate, gates, inference, layer, route, rows
 
 _ALL: tuple[Subject, ...] = (
     *gate.SUBJECTS,
@@ -11,6 +11,7 @@ _ALL: tuple[Subject, ...] = (
     *activation.SUBJECTS,
     *experts.SUBJECTS,
     *layer.SUBJECTS,
+    *inference.SUBJECTS,
     *gates.SUBJECTS,
 )
 SUBJECTS: dict[str, Subject] = {subject.op: subject for subject in _ALL}

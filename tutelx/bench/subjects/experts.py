@@ -13,7 +13,7 @@ from tutelx import ops
 from tutelx.bench import limits
 from tutelx.bench.shapes import Shape
 from tutelx.bench.subject import Subject, Way
-from tutelx.bench.subjects.route import case_of, touched
+from tutelx.bench.subjects.route import ids_of, touched
 from tutelx.ops import reference
 from tutelx.testing import cases
 from tutelx.types import DispatchMap
@@ -36,7 +36,7 @@ def spans(map: DispatchMap) -> list[tuple[int, int, int]]:
 
 
 def _make(shape: Shape, dtype: torch.dtype) -> ExpertInputs:
-    map = ops.route(cases.expert_ids(case_of(shape)), shape.E)
+    map = ops.route(ids_of(shape), shape.E)
     weights = cases.expert_weights(
         shape.E, shape.D, shape.H, gated=True, bias=False, listed=False, dtype=dtype, grad=False
     )

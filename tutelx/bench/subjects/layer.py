@@ -12,7 +12,7 @@ from tutelx.bench import limits
 from tutelx.bench.shapes import Shape
 from tutelx.bench.subject import Subject, Tensors, Way
 from tutelx.bench.subjects.experts import spans
-from tutelx.bench.subjects.route import case_of, touched
+from tutelx.bench.subjects.route import ids_of, touched
 from tutelx.gates import TopK
 from tutelx.layer import MoE
 from tutelx.testing import cases
@@ -37,7 +37,7 @@ class LayerInputs:
         return self.x_TD, self.layer.gate.weight, experts.gate_proj, experts.up_proj, experts.down_proj  # type: ignore[return-value]
 
 
-def _make(shape: Shape, dtype: torch.dtype) -> LayerInputs:
+def make(shape: Shape, dtype: torch.dtype) -> LayerInputs:
     """The tokens' routing is that of `cases.expert_ids`, with room between the scores: in low precision random
     logits have ties, and which of two equal experts is taken is nobody's error."""
     weights = cases.expert_weights(
@@ -54,7 +54,7 @@ def _make(shape: Shape, dtype: torch.dtype) -> LayerInputs:
     }
     layer.load_state_dict(state, assign=True)
     layer.requires_grad_(True)
-    ids = cases.expert_ids(case_of(shape))
+    ids = ids_of(shape)
     x = cases.tensor(shape.T, shape.D, dtype=dtype, seed=8)
     x[:, : shape.E] = 0
     best_first = 1 + torch.arange(shape.K, 0, -1, dtype=dtype) / 8
@@ -129,7 +129,7 @@ def _gemms(inputs: LayerInputs) -> None:
 SUBJECTS = (
     Subject(
         op="layer",
-        make=_make,
+        make=make,
         ours=lambda inputs: gradients(inputs.layer(inputs.x_TD), inputs),
         plain=(Way(name="loop of experts", call=_loop), Way(name="grouped_mm", call=_grouped_mm)),
         gemms=_gemms,

@@ -26,13 +26,20 @@ def case_of(shape: Shape) -> cases.Case:
     return cases.Case(tokens=shape.T, top_k=shape.K, num_experts=shape.E, dim=shape.D)
 
 
+def ids_of(shape: Shape) -> torch.Tensor:
+    """[T, K] int32: random, or with the fullest expert at S times the mean."""
+    if shape.S == 1:
+        return cases.expert_ids(case_of(shape))
+    return cases.skewed_ids(case_of(shape), round(shape.S * shape.rows / shape.E))
+
+
 def touched(shape: Shape) -> int:
     """Experts that get a row, with the ids that every benchmark uses."""
-    return cases.expert_ids(case_of(shape)).unique().numel()
+    return ids_of(shape).unique().numel()
 
 
 def _make(shape: Shape, dtype: torch.dtype) -> RouteInputs:
-    return RouteInputs(cases.expert_ids(case_of(shape)), shape.E)
+    return RouteInputs(ids_of(shape), shape.E)
 
 
 def _argsort(inputs: RouteInputs) -> Tensors:

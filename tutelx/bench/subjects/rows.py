@@ -11,7 +11,7 @@ from tutelx import ops
 from tutelx.bench import limits
 from tutelx.bench.shapes import Shape
 from tutelx.bench.subject import Subject, Tensors, Way, one_hot_unfit
-from tutelx.bench.subjects.route import case_of
+from tutelx.bench.subjects.route import ids_of
 from tutelx.ops import reference
 from tutelx.ops._library import calls
 from tutelx.testing import cases
@@ -34,7 +34,7 @@ def _maker(*needs: Literal["x", "rows"]):
     """`x` stands for the gradient of y too."""
 
     def make(shape: Shape, dtype: torch.dtype) -> RowInputs:
-        map = ops.route(cases.expert_ids(case_of(shape)), shape.E)
+        map = ops.route(ids_of(shape), shape.E)
         weights = torch.softmax(cases.tensor(shape.T, shape.K, seed=3), dim=1)
         nothing = torch.empty(0, dtype=dtype)
         return RowInputs(

@@ -1,0 +1,66 @@
+"""A whole MoE layer without gradients, as in decoding: few tokens, so that reading the weights is what it costs."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from tutelx.bench import limits
+from tutelx.bench.shapes import Shape
+from tutelx.bench.subject import Subject, Tensors, Way
+from tutelx.bench.subjects.layer import LayerInputs, make, routing
+from tutelx.bench.subjects.route import touched
+
+
+def _make(shape: Shape, dtype: torch.dtype) -> LayerInputs:
+    inputs = make(shape, dtype)
+    inputs.layer.requires_grad_(False)
+    inputs.x_TD.requires_grad_(False)
+    return inputs
+
+
+def _weights(inputs: LayerInputs) -> Tensors:
+    """Those of the experts that get a row."""
+    return tuple(stacked[e] for e, _, _ in inputs.used for stacked in inputs.leaves[2:])
+
+
+def _loop(inputs: LayerInputs) -> torch.Tensor:
+    """Only the experts that are asked for; which they are, the host has to wait for."""
+    weights_TK, ids_TK = routing(inputs)
+    y_TD = torch.zeros_like(inputs.x_TD)
+    gates, ups, downs = inputs.leaves[2:]
+    for e in ids_TK.unique().tolist():
+        tokens, choices = torch.where(ids_TK == e)
+        x = inputs.x_TD[tokens]
+        out = (F.silu(x @ gates[e].T) * (x @ ups[e].T)) @ downs[e].T
+        y_TD.index_add_(0, tokens, out * weights_TK[tokens, choices, None].to(out.dtype))
+    return y_TD
+
+
+def _grouped_mm(inputs: LayerInputs) -> torch.Tensor:
+    weights_TK, ids_TK = routing(inputs)
+    gate, up, down = (leaf.transpose(1, 2) for leaf in inputs.leaves[2:])
+    flat = ids_TK.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    ends = torch.bincount(flat, minlength=gate.shape[0]).cumsum(0).int()
+    tokens = order // inputs.top_k
+    x = inputs.x_TD.index_select(0, tokens)
+    hidden = F.silu(F.grouped_mm(x, gate, offs=ends)) * F.grouped_mm(x, up, offs=ends)
+    out = F.grouped_mm(hidden, down, offs=ends) * weights_TK.reshape(-1)[order].to(x.dtype).unsqueeze(1)
+    return torch.zeros_like(inputs.x_TD).index_add_(0, tokens, out)
+
+
+def _must_move(shape: Shape, S: int) -> int:
+    return limits.layer_inference(shape, S, touched(shape))
+
+
+SUBJECTS = (
+    Subject(
+        op="layer_inference",
+        make=_make,
+        ours=lambda inputs: inputs.layer(inputs.x_TD),
+        plain=(Way(name="loop of experts", call=_loop), Way(name="grouped_mm", call=_grouped_mm)),
+        reads=_weights,
+        must_move=_must_move,
+    ),
+)
