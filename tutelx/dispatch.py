@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tutelx.comm.ranks import Ranks
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Dispatch:
     """map: this rank's slots. call: how their rows travel, None if they stay. agreed: what all ranks know."""
 
@@ -33,7 +33,7 @@ class Dispatch:
     agreed: Agreed | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Request:
     """One call, as far as the gate brought it. x: [T, M]; capacity: the setting that holds for it."""
 
