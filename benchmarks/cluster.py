@@ -35,6 +35,13 @@ from tutelx.errors import InvalidValueError, TutelxError
 USAGE, SKIPPED, TIMED_OUT, INTERRUPTED = 2, 77, 124, 130
 PORT = 29500  # every cluster has a network of its own, so it is always free
 MOST_NODES = 64
+# As on the nodes of a real cluster. A pause between two exchanges does not begin again with small windows, and what
+# the link carries meanwhile finds room, also while the processor computes and the reader has to wait for it.
+TUNED = (
+    "net.ipv4.tcp_slow_start_after_idle=0",
+    "net.ipv4.tcp_rmem=4096 16777216 33554432",
+    "net.ipv4.tcp_wmem=4096 16777216 33554432",
+)
 _GRACE = 15.0  # seconds that the other ranks have to notice that one has failed
 _numbers = itertools.count()
 
@@ -202,6 +209,8 @@ class Cluster:
         self._namespaces.append(name)
         namespaces.call("ip", "netns", "add", name)
         namespaces.call("ip", "-n", name, "link", "set", "lo", "up")
+        for setting in TUNED:
+            namespaces.call("ip", "netns", "exec", name, "sysctl", "-qw", setting)
 
     def _shape(self, namespace: str, device: str) -> None:
         if shaping := self.link.shaping():

@@ -59,9 +59,10 @@ class Link:
         rate = self.bits_per_second
         if rate is None:
             return []
-        # The bucket holds a packet of the largest size, and a millisecond, below which timers are too coarse.
+        # The bucket holds a packet of the largest size, which would else be cut up at the cost of the processor, and a
+        # millisecond, below which timers are too coarse.
         overhead = round(self.message_us * 1e-6 * rate / 8)
-        burst = max(2**16, round(rate / 8 * 1e-3)) + overhead
+        burst = max(72 * 1024, round(rate / 8 * 1e-3)) + overhead
         # The queue holds half a second: TCP's windows limit what waits, and losses would measure its recovery instead.
         queue = ["limit", str(burst + round(rate / 8 * 0.5))]
         return ["tbf", "rate", f"{round(rate)}bit", "burst", str(burst), *queue, "overhead", str(overhead)]

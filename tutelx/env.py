@@ -52,3 +52,13 @@ def buffer_bytes() -> int | None:
     if not (text.isascii() and text.isdigit()):
         raise InvalidValueError(f"TUTELX_BUFFER_BYTES={text!r} is not a whole number of bytes")
     return int(text)
+
+
+def missing_rendezvous() -> list[str]:
+    """Of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which torchrun sets, those that are not set."""
+    return [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+
+
+def local_rank() -> int:
+    """LOCAL_RANK: the rank's place on its node, 0 if unset."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -58,12 +58,17 @@ def parse(texts: list[str]) -> tuple[Shape, ...]:
     """
     shapes: dict[Shape, None] = {}
     for text in texts:
-        for shape in SETS[text] if text in SETS else (_parse_one(text),):
+        for shape in SETS[text] if text in SETS else (Shape(**parse_sizes(text)),):
             shapes[shape] = None
     return tuple(shapes)
 
 
-def _parse_one(text: str) -> Shape:
+def parse_sizes(text: str) -> dict[str, int]:
+    """The sizes that a list such as "T=512,D=64" gives.
+
+    Raises:
+        InvalidValueError: as :func:`parse`.
+    """
     names = [field.name for field in fields(Shape)]
     if "=" not in text:
         raise InvalidValueError(f"sizes={text!r} is none of {', '.join(SETS)}, and no list such as T=8192,D=1024")
@@ -77,4 +82,4 @@ def _parse_one(text: str) -> Shape:
         if not (value.isascii() and value.isdigit()):
             raise InvalidValueError(f"sizes={text!r}: {name}={value!r} is not a positive whole number")
         sizes[name] = int(value)
-    return Shape(**sizes)
+    return sizes

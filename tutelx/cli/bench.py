@@ -8,8 +8,11 @@ from pathlib import Path
 from tutelx.bench import shapes
 from tutelx.bench.settings import DEVICES, DTYPES, GATES, OPS, PEERS, QUICK_PEERS, Settings, chosen_ops
 from tutelx.cli._interrupts import held_interrupts
+from tutelx.errors import InvalidValueError
 
 NAME = "bench"
+PIPELINE = "pipeline"
+_PIPELINE_SIZES = {"T": "tokens", "D": "model_dim", "K": "top_k", "E": "num_experts", "H": "hidden_dim"}
 HELP = "time the operators against copies, plain torch and other libraries"
 
 
@@ -18,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ops",
         nargs="*",
         metavar="op",
-        help=f"of {', '.join(OPS)} (default: all), or {', '.join(GATES)}; gate stands for the op and all of these",
+        help=f"of {', '.join(OPS)} (default: all), or {', '.join(GATES)}; gate stands for the op and all of these."
+        f" {PIPELINE}, alone: what pipelining hides, on the ranks of torchrun or benchmarks/cluster.py",
     )
     parser.add_argument("--device", choices=DEVICES, help="default: cuda if torch finds one, else cpu")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable (default: float32)")
@@ -51,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if PIPELINE in args.ops:
+        return _run_pipeline(args)
     peers = {"all": QUICK_PEERS, "none": ()}.get(args.peers, tuple(args.peers.split(",")))
     settings = Settings(
         ops=chosen_ops(args.ops),
@@ -72,3 +78,24 @@ def run(args: argparse.Namespace) -> int:
         from tutelx.cli import _bench_run
     files = _bench_run.Files(json=args.json, plot=args.plot, against=args.against, tolerance=args.tolerance)
     return _bench_run.run(settings, files, console)
+
+
+def _run_pipeline(args: argparse.Namespace) -> int:
+    if len(args.ops) > 1:
+        raise InvalidValueError(f"{PIPELINE} runs alone, not with {', '.join(set(args.ops) - {PIPELINE})}")
+    for name in ("plot", "against"):
+        if getattr(args, name) is not None:
+            raise InvalidValueError(f"--{name} is not for {PIPELINE}")
+
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    with held_interrupts():
+        from tutelx.bench.pipeline import PipelineSettings
+        from tutelx.cli import _bench_pipeline
+    sizes = shapes.parse_sizes(args.sizes[0]) if args.sizes else {}
+    given = {name: sizes[size] for size, name in _PIPELINE_SIZES.items() if size in sizes}
+    settings = PipelineSettings(
+        **given, dtype=(args.dtype or ["float32"])[0], seconds=args.seconds, threads=args.threads
+    )
+    return _bench_pipeline.run(settings, args.json, args.device, console)
