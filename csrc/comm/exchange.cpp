@@ -149,9 +149,13 @@ Flight::Flight(const Group& group, const at::Tensor& in, Splits in_splits, Split
   TORCH_INTERNAL_ASSERT(out_.size(0) == shape[0] && out_.is_contiguous() && in_.is_contiguous());
   auto [from, to] = on_the_way(group);
   talk("the all-to-all", [&, &from = from, &to = to] {
+    if (backend_name(group, to.device().type()) == "gloo") {
+      works_ = point_to_point_all_to_all(group, to, from, out_splits, in_splits);
+      return 0;
+    }
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // its newer name is missing in torch 2.10
-    work_ = group->alltoall_base(to, from, out_splits, in_splits);
+    works_ = {group->alltoall_base(to, from, out_splits, in_splits)};
 #pragma GCC diagnostic pop
     return 0;
   });
@@ -168,7 +172,7 @@ Flight::Flight(const Group& group, const at::Tensor& in, int64_t& bytes_sent) : 
   talk("the all-gather", [&, &from = from, &to = to] {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // its newer name is missing in torch 2.10
-    work_ = group->_allgather_base(to, from);
+    works_ = {group->_allgather_base(to, from)};
 #pragma GCC diagnostic pop
     return 0;
   });
@@ -185,8 +189,8 @@ std::pair<at::Tensor, at::Tensor> Flight::on_the_way(const Group& group) {
 }
 
 at::Tensor Flight::wait() {
-  if (work_) talk("the exchange", [&] { return work_->wait(); });
-  work_.reset();
+  for (const auto& work : works_) talk("the exchange", [&] { return work->wait(); });
+  works_.clear();
   if (host_out_.defined()) out_.copy_(host_out_, /*non_blocking=*/true);
   in_.reset();
   return out_;

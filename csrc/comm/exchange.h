@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "group.h"
+#include "point_to_point.h"
 #include "side_stream.h"
 
 namespace tutelx::comm {
@@ -76,7 +77,7 @@ class Flight {
   // Where `in_` and `out_` lie while they travel: themselves, or copies in pinned host memory.
   std::pair<at::Tensor, at::Tensor> on_the_way(const Group& group);
 
-  c10::intrusive_ptr<c10d::Work> work_;
+  Works works_;
   at::Tensor in_, out_, host_out_;
 };
 
