@@ -138,7 +138,8 @@ def test_impossible_clusters():
 
 
 def test_shaping_by_hand():
-    # 80 Mbit/s is 10 MB/s: a millisecond is 10 kB, less than 72 KiB, room for the largest packet; half a second is 5 MB.
+    # 80 Mbit/s is 10 MB/s: a millisecond is 10 kB, less than the largest packet and its headers, for which 72 KiB are
+    # held; half a second is 5 MB.
     assert Link(rate="80mbit").shaping()[1:7] == ["rate", "80000000bit", "burst", "73728", "limit", "5073728"]
     # 8 Gbit/s is 1 MB a millisecond; 2 us are 2000 bytes.
     assert Link(rate="8gbit", message_us=2).shaping()[3:5] == ["burst", "1002000"]

@@ -34,11 +34,11 @@ _FIRST_HIDDEN, _HIDDEN_STEP, _MOST_HIDDEN = 256, 64, 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineSettings:
-    """tokens: of one rank. num_experts: None: 4 a rank. hidden_dim: None: so that the experts take as long as the
+    """tokens: of one rank. num_experts: None: one a rank. hidden_dim: None: so that the experts take as long as the
     exchange. seconds: about how long the timing takes. threads: of torch on the CPU; None leaves them."""
 
-    tokens: int = 1024
-    model_dim: int = 512
+    tokens: int = 2048
+    model_dim: int = 256
     top_k: int = 2
     num_experts: int | None = None
     hidden_dim: int | None = None
@@ -94,7 +94,7 @@ def measure(settings: PipelineSettings, group: dist.ProcessGroup, device: torch.
         InvalidValueError: one rank alone, or experts that do not divide among the ranks.
     """
     world = group.size()
-    num_experts = 4 * world if settings.num_experts is None else settings.num_experts
+    num_experts = world if settings.num_experts is None else settings.num_experts
     if world == 1:
         raise InvalidValueError("the group has 1 rank: there is no exchange to hide")
     if num_experts % world:
