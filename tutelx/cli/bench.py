@@ -89,7 +89,7 @@ def _run_pipeline(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     with held_interrupts():
         from tutelx.bench.pipeline import PipelineSettings
         from tutelx.cli import _bench_pipeline
