@@ -1,6 +1,7 @@
 // Products with few rows, as in decoding: what they cost is one read of the weights.
 
 #include <cstring>
+#include <vector>
 
 #include "gemm.h"
 
@@ -26,9 +27,30 @@ struct Task {
   int64_t a_stride, w_stride, c_stride;  // bytes
 };
 
+// The weights of the next outputs are asked for while these are used: each row of a matrix begins on another page,
+// which the hardware does not foresee. Every block of rows asks for its share, so that memory is never idle.
+template <int O>
+struct Ahead {
+  const char* w;
+  int64_t stride;
+  int begin, end;
+
+  Ahead(const Task& t, int64_t row, int64_t output)
+      : w(t.w + (output + O) * t.w_stride), stride(t.w_stride), begin(0), end(0) {
+    if (output + 2 * O > t.outputs) return;
+    const int64_t blocks = (t.rows + kBlock - 1) / kBlock, block = row / kBlock;
+    begin = static_cast<int>(block * O / blocks);
+    end = static_cast<int>((block + 1) * O / blocks);
+  }
+  void ask(int64_t byte) const {
+    for (int o = begin; o < end; ++o) __builtin_prefetch(w + o * stride + byte, 0, 2);
+  }
+};
+
 // out[r][o] = <a[r], w[o]>, 16 lanes at a time, what is left masked.
 template <int R, int O>
 TUTELX_AVX512 inline void block_f32(const Task& t, int64_t row, int64_t output) {
+  const Ahead<O> ahead(t, row, output);
   __m512 sum[R][O];
   const float *a[R], *w[O];
   for (int r = 0; r < R; ++r) a[r] = reinterpret_cast<const float*>(t.a + (row + r) * t.a_stride);
@@ -37,6 +59,7 @@ TUTELX_AVX512 inline void block_f32(const Task& t, int64_t row, int64_t output) 
     for (int o = 0; o < O; ++o) sum[r][o] = _mm512_setzero_ps();
   int64_t i = 0;
   for (; i + 16 <= t.inputs; i += 16) {
+    ahead.ask(i * 4);
     __m512 x[R];
     for (int r = 0; r < R; ++r) x[r] = _mm512_loadu_ps(a[r] + i);
     for (int o = 0; o < O; ++o) {
@@ -63,6 +86,7 @@ TUTELX_AVX512_BF16 inline __m512bh load_bf16(const uint16_t* p, __mmask32 lanes)
 // The same on pairs of bfloat16, summed in float32 and rounded once.
 template <int R, int O>
 TUTELX_AVX512_BF16 inline void block_bf16(const Task& t, int64_t row, int64_t output) {
+  const Ahead<O> ahead(t, row, output);
   __m512 sum[R][O];
   const uint16_t *a[R], *w[O];
   for (int r = 0; r < R; ++r) a[r] = reinterpret_cast<const uint16_t*>(t.a + (row + r) * t.a_stride);
@@ -70,6 +94,7 @@ TUTELX_AVX512_BF16 inline void block_bf16(const Task& t, int64_t row, int64_t ou
   for (int r = 0; r < R; ++r)
     for (int o = 0; o < O; ++o) sum[r][o] = _mm512_setzero_ps();
   for (int64_t i = 0; i < t.inputs; i += 32) {
+    ahead.ask(i * 2);
     const int64_t left = t.inputs - i;
     const __mmask32 lanes = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
     __m512bh x[R];
@@ -113,8 +138,14 @@ bool multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& c) {
   const bool known = (a.dtype == at::kFloat && f32) || (a.dtype == at::kBFloat16 && bf16);
   if (!known || a.rows > kMostRows || a.col_stride != 1 || b.row_stride != 1 || c.col_stride != 1) return false;
   const int64_t size = static_cast<int64_t>(c10::elementSize(a.dtype));
-  const Task task{
-      a.data, b.data, c.data, a.rows, b.cols, a.cols, a.row_stride * size, b.col_stride * size, c.row_stride * size};
+  // Rows a power of two apart would share the few places of one set in the cache, with each other and with the weights:
+  // they are moved a line apart.
+  const int64_t row_bytes = a.cols * size, packed = (row_bytes + 63) / 64 * 64 + 64;
+  thread_local std::vector<char> rows;
+  rows.resize(a.rows * packed + 64);
+  char* const first = rows.data() + (-reinterpret_cast<intptr_t>(rows.data()) & 63);
+  for (int64_t r = 0; r < a.rows; ++r) std::memcpy(first + r * packed, a.data + r * a.row_stride * size, row_bytes);
+  const Task task{first, b.data, c.data, a.rows, b.cols, a.cols, packed, b.col_stride * size, c.row_stride * size};
   if (a.dtype == at::kFloat)
     walk_f32(task);
   else
