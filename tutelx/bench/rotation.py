@@ -80,6 +80,13 @@ def copy_once(pair: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return destination.copy_(source)
 
 
+def read_sources(nbytes: int, device: torch.device, *, cache: int, memory: int) -> list[torch.Tensor]:
+    """What the read yardstick takes the largest element of: `nbytes` in one piece, which is torch's quickest read."""
+    elements = max(1, math.ceil(nbytes / 4))
+    copies = plan(4 * elements, cache=cache, memory=memory).copies
+    return [torch.ones(elements, dtype=torch.float32, device=device) for _ in range(copies)]
+
+
 def to_device(inputs: Any, device: torch.device) -> Any:
     """Moves all tensors in there; leaves stay leaves."""
     return inputs if device.type == "cpu" else _moved(inputs, device)

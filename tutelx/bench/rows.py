@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,7 +171,9 @@ def _contenders(
     if subject.gemms is not None:
         contenders.append(("yardstick", Contender("GEMMs", subject.gemms, rotated, always=True)))
     elif subject.reads is not None:
-        contenders.append(("yardstick", Contender("read", _reader(subject.reads), rotated, always=True)))
+        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in subject.reads(inputs))
+        sources = rotation.read_sources(nbytes, device, cache=cache, memory=memory)
+        contenders.append(("yardstick", Contender("read", torch.amax, sources, always=True)))
     else:
         pairs = rotation.copy_pairs(row.must_move, device, cache=cache, memory=memory)
         contenders.append(("yardstick", Contender("copy", rotation.copy_once, pairs, always=True)))
@@ -179,12 +181,6 @@ def _contenders(
         own = rotated if way.prepare is None else [way.prepare(each) for each in rotated]
         contenders.append((kind, Contender(way.name, way.call, own)))
     return contenders
-
-
-def _reader(reads: Callable[[Any], Iterable[torch.Tensor]]) -> Callable[[Any], list[torch.Tensor]]:
-    """Reads tensors once, whatever their dtype: the largest of their bits taken as float32 is the quickest way that
-    torch has."""
-    return lambda inputs: [tensor.view(torch.float32).amax() for tensor in reads(inputs)]
 
 
 def _too_slow(shape: Shape) -> str | None:

@@ -40,7 +40,8 @@ class Subject(Generic[Inputs]):
     ours: the compiled op. plain: the same in plain torch, in several ways. reference: `tutelx.ops.reference`, which is
         a Python loop: only at small sizes.
     gemms: the matrix products that the op cannot avoid, as its yardstick.
-    reads: the tensors whose one read it cannot avoid, as its yardstick. With neither: a copy of `must_move` bytes.
+    reads: the tensors that it cannot avoid reading; its yardstick is one read of as many bytes. With neither: a copy of
+        `must_move` bytes.
     must_move, flops: of one call; see `limits`.
     compared: what of an output is compared; ways may differ in the rest (the order among equal scores).
     gradients: some of the outputs are, and take the wider tolerance.
