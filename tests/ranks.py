@@ -38,7 +38,7 @@ class Ranks:
     timeout: seconds after which gloo gives up waiting for another rank.
     """
 
-    def __init__(self, world: int, *, timeout: float = 60.0) -> None:
+    def __init__(self, world: int, *, timeout: float = 180.0) -> None:
         self.world, self.timeout = world, timeout
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
@@ -48,7 +48,7 @@ class Ranks:
         job: Callable[..., Any],
         *args: Any,
         ranks: Sequence[int] | None = None,
-        timeout: float = 120.0,
+        timeout: float = 240.0,
         dying: Sequence[int] = (),
     ) -> list[Any]:
         """job(group, *args) on every rank; what each returned, in the order of the group's ranks.

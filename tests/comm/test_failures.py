@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import distributed_c10d as c10d
 
 from tests.cases import tensor
 from tutelx import Capacity, MoE, Plan
@@ -156,55 +157,90 @@ def test_without_a_mesh():
         MoE(4, 8, 4, ranks_per_node=2)
 
 
-class DiesInTheMiddle(nn.Module):
+class Expert(nn.Linear):
+    """Does `how` when its rows are there, or their gradients."""
+
+    how = ""
+
     def forward(self, rows):
-        os._exit(1)
+        self.happens("inside")
+        out = super().forward(rows)
+        if out.requires_grad:
+            out.register_hook(lambda gradient: self.happens("in backward"))
+        return out
+
+    def happens(self, where):
+        if self.how == f"dies {where}":
+            os._exit(1)
+        if self.how == f"fails {where}":
+            raise ZeroDivisionError("the expert gave up")
+        if self.how == f"hangs {where}":
+            c10d._get_default_store().wait(["over"])
+            os._exit(1)
 
 
-class Fails(nn.Module):
-    def forward(self, rows):
-        raise ZeroDivisionError("the expert gave up")
-
-
-def short_group(seconds=1.0):
+def short_group(seconds):
     return dist.new_group(list(range(dist.get_world_size())), timeout=timedelta(seconds=seconds))
 
 
-def lost(_, how):
+def step(moe, plan):
+    moe(tensor(6, 4, grad=True), plan=plan).sum().backward()
+
+
+def lost(_, how, seconds, plan):
     """What the others are told about rank 2, and whether in time."""
-    group = short_group()
+    group = short_group(seconds)
     rank = dist.get_rank(group)
-    moe = layer(group, num_experts=3)
-    assert caught(moe, tensor(5, 4)) == "fine"
-    if how in ("dies inside", "fails inside") and rank == 2:
-        moe.experts.across = lambda *_: DiesInTheMiddle()(None) if how == "dies inside" else Fails()(None)
+    torch.manual_seed(0)
+    expert = Expert(4, 4)
+    moe = MoE(4, 8, 3, gate=TopK(k=3), experts=nn.ModuleList([expert]), mesh=group, ranks_per_node=1)
+    assert caught(step, moe, plan) == "fine"
+    if rank == 2:
+        expert.how = how
     dist.barrier()
     begin = time.monotonic()
     if rank == 2 and how == "dies":
         os._exit(1)
-    answer = "stays away" if rank == 2 and how == "stays away" else caught(moe, tensor(5, 4))
+    answer = "stays away" if rank == 2 and how == "stays away" else caught(step, moe, plan)
     took = time.monotonic() - begin
+    c10d._get_default_store().set("over", "")
     dist.barrier() if how == "stays away" else None
     return answer, took
 
 
-@pytest.mark.parametrize("how", ["dies", "stays away", "dies inside", "fails inside"])
-def test_a_rank_that_is_lost(how):
+@pytest.mark.parametrize(
+    ("how", "plan", "seconds", "told"),
+    [
+        ("dies", Plan(), 1, "rank 2 did not take part: "),
+        ("stays away", Plan(), 1, "rank 2 did not take part: "),
+        # Connections broke: what remains of the group's timeout is not waited for.
+        ("dies inside", Plan(), 60, "rank 2 died, hangs or is late: "),
+        ("dies in backward", Plan(all_to_all="2dh", pipeline_degree=2), 2, "rank 2 died, hangs or is late: "),
+        ("hangs inside", Plan(), 2, "rank 2 died, hangs or is late: "),
+        (
+            "fails inside",
+            Plan(pipeline_degree=4),
+            2,
+            "rank 2 failed in the call: ZeroDivisionError: the expert gave up",
+        ),
+    ],
+)
+def test_a_rank_that_is_lost(how, plan, seconds, told):
     from tests.ranks import Ranks
 
-    world = Ranks(3, timeout=20)
+    world = Ranks(3, timeout=60)
     try:
-        answers = world.run(lost, how, timeout=30, dying=[2] if how.startswith("dies") else [])
+        gone = [2] if how.startswith(("dies", "hangs")) else []
+        answers = world.run(lost, how, seconds, plan, timeout=60, dying=gone)
     finally:
         world.stop()
-    if how == "fails inside":
+    if how.startswith("fails"):
         assert answers[2][0] == "ZeroDivisionError: the expert gave up"
     for answer, took in answers[:2]:
-        assert answer.startswith("RankFailedError: ")
-        assert took < 10
-        if how in ("dies", "stays away"):
-            assert answer.startswith("RankFailedError: rank 2 did not take part: ")
-            assert "rank 1 " not in answer
+        assert answer.startswith(f"RankFailedError: {told}")
+        assert "rank 1 " not in answer
+        assert "rank 0 " not in answer
+        assert took < 20
 
 
 def test_errors_are_what_torch_users_catch():

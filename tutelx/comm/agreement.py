@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 
 from tutelx.comm._library import native
+from tutelx.comm.failures import count_calls, number_of_calls, report, reported
 from tutelx.comm.mesh import Mesh
 from tutelx.errors import RankFailedError, RankMismatchError
 from tutelx.types import Plan
@@ -50,7 +51,7 @@ class Terms:
 class Agreed:
     """counts: [W, E] int32 on the CPU, slots that asked for each expert, before any drop. tokens: the most of a rank.
     capacity: the most of a rank, None if none has one. threads: the fewest of a rank. grad: some rank will run the
-    backward. train_experts: with gradients for the experts.
+    backward. train_experts: with gradients for the experts. number: of the call, counted in the group.
     """
 
     counts: torch.Tensor
@@ -59,6 +60,7 @@ class Agreed:
     threads: int
     grad: bool
     train_experts: bool
+    number: int
 
     @property
     def demand(self) -> int:
@@ -87,7 +89,8 @@ def agree(
     """
     device, counts = counts.device, counts.to("cpu", torch.int64)
     header = _header(terms)
-    own = torch.tensor([tokens, capacity or 0, -threads, grad, train_experts], dtype=torch.int64)
+    numbers = [tokens, capacity or 0, -threads, grad, train_experts, number_of_calls(mesh) + 1]
+    own = torch.tensor(numbers, dtype=torch.int64)
     table = _gather(mesh, torch.cat([header, own, counts[:_EAGER]]), device)
     _compare(table, header)
     begin, end = len(header), len(header) + _OWN
@@ -96,6 +99,7 @@ def agree(
     for first in range(_EAGER, len(counts), _EAGER):
         piece = counts[first : first + _EAGER]
         parts.append(_gather(mesh, torch.cat([header[:2], piece]), device)[:, 2 : 2 + len(piece)])
+    count_calls(mesh, most[5])
     return Agreed(
         counts=torch.cat(parts, dim=1).int(),
         tokens=most[0],
@@ -103,6 +107,7 @@ def agree(
         threads=-most[2],
         grad=bool(most[3]),
         train_experts=bool(most[4]),
+        number=most[5],
     )
 
 
@@ -135,7 +140,14 @@ def announced_failure(mesh: Mesh, device: torch.device) -> Iterator[None]:
 def _gather(mesh: Mesh, message: torch.Tensor, device: torch.device) -> torch.Tensor:
     """[W, ...] int64: the message of every rank."""
     table, missing = native.gather_messages(mesh.group, message, _CAPACITY, device)
-    reasons = [f"rank {rank} did not take part: {why}" for rank, why in enumerate(missing) if why]
+    absent = {rank: why for rank, why in enumerate(missing) if why}
+    if absent:
+        number = number_of_calls(mesh)
+        report(mesh, number + 1)
+        # Who left the last call alive has closed its connections, but is not the one that was lost.
+        left = reported(mesh, number)
+        absent = {rank: why for rank, why in absent.items() if rank not in left} or absent
+    reasons = [f"rank {rank} did not take part: {why}" for rank, why in absent.items()]
     if (table[:, 0] == _FAILED).any():
         for rank, row in enumerate(table):
             if row[0] == _FAILED and not missing[rank]:
@@ -182,7 +194,7 @@ def _values(of: Terms | Plan) -> dict[str, Value]:
 _PLAN_NAMES = [f"plan.{f.name}" for f in fields(Plan)]
 _TERM_NAMES = [*(f.name for f in fields(Terms) if f.name != "plan"), *_PLAN_NAMES]
 _HEADER_WORDS = 2 + _WORDS * len(_TERM_NAMES)
-_OWN = 5  # numbers that may differ from rank to rank
+_OWN = 6  # numbers that may differ from rank to rank
 _CAPACITY = _HEADER_WORDS + _OWN + _EAGER
 
 

@@ -5,6 +5,7 @@ Symbols: W ranks, E experts, T tokens, K choices a token, r copies of a row (sha
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import lru_cache
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tutelx.comm._library import native
+from tutelx.comm.failures import named_losses
 from tutelx.comm.mesh import Mesh
 from tutelx.comm.placement import Placement, chunk
 from tutelx.comm.subgroups import subgroup
@@ -26,6 +28,7 @@ class RankCall:
         map: this rank's dispatch map.
         grad, train_experts: whether there is a backward, and whether it gives gradients for the experts' weights; the
             same on all ranks.
+        number: of the call, the same on all ranks.
 
     map: the same slots in the order in which they are sent: by chunk, target, expert; [T, K*r] slots, as each row has
         r copies that go to r ranks. Its counts and offsets are still those of the local map.
@@ -42,10 +45,12 @@ class RankCall:
         *,
         grad: bool,
         train_experts: bool,
+        number: int,
     ) -> None:
         self._mesh, self._placement, self._model_dim = mesh, placement, model_dim
         self._degree = plan.shard_degree
-        self.grad, self.train_experts = grad, train_experts
+        self.grad, self.train_experts, self._number = grad, train_experts, number
+        self._groups: tuple[dist.ProcessGroup, ...] = (mesh.group,)
         self.copies = max(1, plan.shard_degree)
         self.bytes_weights = 0
         rank, experts = mesh.rank, placement.num_experts
@@ -55,7 +60,9 @@ class RankCall:
         else:
             hierarchical = plan.all_to_all == "2dh"
             owned, table = placement.experts_of(rank), targets(placement, plan.shard_degree)
-            self.exchange = native.Exchange(mesh.group, *(node_groups(mesh) if hierarchical else ()))
+            if hierarchical:
+                self._groups += node_groups(mesh)
+            self.exchange = native.Exchange(*self._groups)
             self.num_local = len(owned)
             self.traffic = native.Traffic(
                 kept, table, rank, owned.start, len(owned), plan.pipeline_degree, hierarchical
@@ -66,6 +73,10 @@ class RankCall:
     def bytes_tokens(self) -> int:
         """Bytes of rows and their gradients that this rank sent to others so far, backward included."""
         return 0 if self.exchange is None else self.exchange.bytes_sent
+
+    def named_losses(self) -> AbstractContextManager[None]:
+        """For what talks to the other ranks: its error names those that are lost."""
+        return named_losses(self._mesh, self._number, self._groups)
 
     def spread(self, weights_TK: torch.Tensor) -> torch.Tensor:
         """[T, K] -> [T, K*r]: every copy of a row weighs the same, as its parts are added up."""

@@ -75,7 +75,8 @@ class _Ffn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: RankCall, hidden_dim: int, options, keep: bool, rows: torch.Tensor, *weights):
         shards = call.shards(hidden_dim)
-        out, kept = native.ffn_forward(call.exchange, call.traffic, shards, rows, weights, options, keep)
+        with call.named_losses():
+            out, kept = native.ffn_forward(call.exchange, call.traffic, shards, rows, weights, options, keep)
         call.bytes_weights += shards.bytes_sent
         ctx.call, ctx.hidden_dim, ctx.options = call, hidden_dim, options
         ctx.save_for_backward(*weights, *kept)
@@ -87,16 +88,17 @@ class _Ffn(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing gives them only once
         weights, kept = saved[:6], list(saved[6:])
         shards = ctx.call.shards(ctx.hidden_dim)
-        grad_rows, grads = native.ffn_backward(
-            ctx.call.exchange,
-            ctx.call.traffic,
-            shards,
-            grad_out,
-            kept,
-            weights,
-            ctx.options,
-            ctx.call.train_experts,
-        )
+        with ctx.call.named_losses():
+            grad_rows, grads = native.ffn_backward(
+                ctx.call.exchange,
+                ctx.call.traffic,
+                shards,
+                grad_out,
+                kept,
+                weights,
+                ctx.options,
+                ctx.call.train_experts,
+            )
         ctx.call.bytes_weights += shards.bytes_sent
         return None, None, None, None, grad_rows, *grads
 
@@ -119,7 +121,8 @@ class _Modules(torch.autograd.Function):
                 ctx.chunks.append((leaf, out))
             return out.detach()
 
-        return native.run_with(call.exchange, call.traffic, rows, compute)
+        with call.named_losses():
+            return native.run_with(call.exchange, call.traffic, rows, compute)
 
     @staticmethod
     @once_differentiable
@@ -143,7 +146,8 @@ class _Modules(torch.autograd.Function):
                     sums[i] += g
             return torch.zeros_like(grad) if grad_rows is None else grad_rows
 
-        grad_rows = native.run_with(ctx.call.exchange, ctx.call.traffic, grad_out.contiguous(), compute)
+        with ctx.call.named_losses():
+            grad_rows = native.run_with(ctx.call.exchange, ctx.call.traffic, grad_out.contiguous(), compute)
         return (
             None,
             None,

@@ -159,6 +159,7 @@ class Ranks:
             model_dim,
             grad=agreed.grad,
             train_experts=agreed.train_experts,
+            number=agreed.number,
         )
 
     def _describe(self, plan: Plan) -> str:

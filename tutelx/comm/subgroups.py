@@ -45,14 +45,15 @@ def subgroup(mesh: Mesh, ranks: Sequence[int], name: str) -> dist.ProcessGroup:
         backend,
         c10d._get_default_store(),
         full_name,  # type: ignore[arg-type]
-        timeout=_timeout(mesh.group, backend),
+        timeout=timeout_of(mesh.group),
     )
     c10d._world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(members)}
     _made[full_name] = mesh.group, group
     return group
 
 
-def _timeout(group: dist.ProcessGroup, backend: c10d.Backend) -> timedelta:
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """How long the group waits for a rank, which its parts shall wait too."""
+    backend = c10d.Backend(dist.get_backend_config(group))
     options = getattr(group._get_backend(group._device_types[0]), "options", None)
     return getattr(options, "_timeout", None) or c10d._get_default_timeout(backend)
