@@ -13,6 +13,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from tests.cases import tensor
 from tutelx import Capacity, MoE, Plan
+from tutelx.comm import failures
 from tutelx.errors import RankFailedError, RankMismatchError
 from tutelx.gates import TopK
 from tutelx.planner import FixedPlanner, RulePlanner
@@ -184,20 +185,29 @@ def short_group(seconds):
 
 
 def step(moe, plan):
-    moe(tensor(6, 4, grad=True), plan=plan).sum().backward()
+    """Rank 0 has a token for every expert, the others for the first: rank 1 waits for rank 0 alone."""
+    rows = [0, 1, 2] if dist.get_rank() == 0 else [0, 0, 0]
+    moe(torch.eye(4)[rows].requires_grad_(), plan=plan).sum().backward()
 
 
-def lost(_, how, seconds, plan):
+def no_store(*_):
+    raise ConnectionError("its host is gone")
+
+
+def lost(_, how, seconds, plan, store=True):
     """What the others are told about rank 2, and whether in time."""
     group = short_group(seconds)
     rank = dist.get_rank(group)
     torch.manual_seed(0)
     expert = Expert(4, 4)
-    moe = MoE(4, 8, 3, gate=TopK(k=3), experts=nn.ModuleList([expert]), mesh=group, ranks_per_node=1)
+    moe = MoE(4, 8, 3, gate=TopK(k=1), experts=nn.ModuleList([expert]), mesh=group, ranks_per_node=1)
+    moe.gate.weight.data = torch.eye(3, 4)
     assert caught(step, moe, plan) == "fine"
     if rank == 2:
         expert.how = how
     dist.barrier()
+    if not store:
+        failures._publish = no_store
     begin = time.monotonic()
     if rank == 2 and how == "dies":
         os._exit(1)
@@ -241,6 +251,18 @@ def test_a_rank_that_is_lost(how, plan, seconds, told):
         assert "rank 1 " not in answer
         assert "rank 0 " not in answer
         assert took < 20
+
+
+def test_without_a_store_the_broken_connection_is_named():
+    from tests.ranks import Ranks
+
+    world = Ranks(3, timeout=60)
+    try:
+        first = world.run(lost, "dies inside", 2, Plan(), False, timeout=60, dying=[2])[0][0]
+    finally:
+        world.stop()
+    assert first.startswith("RankFailedError: rank 2 has closed its connection; ")
+    assert "rank 1 " not in first
 
 
 def test_errors_are_what_torch_users_catch():
