@@ -94,6 +94,8 @@ void run(const at::Tensor& rows, const at::Tensor& dest, const std::optional<at:
     std::vector<wide_t<T>> weight(K), wide(K > kAtOnce ? D : 0);
     std::vector<T> held(stream ? D : 0);
     for (int64_t t = begin; t < end; ++t) {
+      for (int64_t slot = (t + 1) * K; t + 1 < end && slot < (t + 2) * K; ++slot)
+        if (to[slot] >= 0) expect(in + to[slot] * D, D * sizeof(T));
       int64_t n = 0;
       for (int64_t k = 0; k < K; ++k) {
         const int32_t r = to[t * K + k];
