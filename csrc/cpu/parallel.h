@@ -51,10 +51,17 @@ void parallel_items(int64_t n, const Fn& fn) {
   });
 }
 
-// Splits [0, n) into contiguous ranges of at least `grain` and calls fn(begin, end) for each, in parallel.
+// Splits [0, n) into contiguous ranges of about `grain` or more and calls fn(begin, end) once for each, in parallel. Some
+// ranges a thread, so that one that woke late or was interrupted leaves more to the others.
 template <class Fn>
 void parallel_ranges(int64_t n, int64_t grain, const Fn& fn) {
-  at::parallel_for(0, n, std::max<int64_t>(1, grain), fn);
+  constexpr int64_t ranges_a_thread = 8;
+  const int64_t ranges = std::min<int64_t>(n / std::max<int64_t>(1, grain), ranges_a_thread * at::get_num_threads());
+  if (ranges <= 1) {
+    if (n > 0) fn(int64_t{0}, n);
+    return;
+  }
+  parallel_items(ranges, [&](int64_t i) { fn(n * i / ranges, n * (i + 1) / ranges); });
 }
 
 }  // namespace tutelx
