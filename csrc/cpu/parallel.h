@@ -51,8 +51,8 @@ void parallel_items(int64_t n, const Fn& fn) {
   });
 }
 
-// Splits [0, n) into contiguous ranges of about `grain` or more and calls fn(begin, end) once for each, in parallel. Some
-// ranges a thread, so that one that woke late or was interrupted leaves more to the others.
+// Splits [0, n) into contiguous ranges of about `grain` or more and calls fn(begin, end) once for each, in parallel.
+// Some ranges a thread, so that one that woke late or was interrupted leaves more to the others.
 template <class Fn>
 void parallel_ranges(int64_t n, int64_t grain, const Fn& fn) {
   constexpr int64_t ranges_a_thread = 8;
