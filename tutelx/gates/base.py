@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tutelx import ops
 from tutelx.errors import InvalidTypeError, InvalidValueError
+from tutelx.gates import losses
 from tutelx.ops.gate import Gated, Score
 from tutelx.types import Capacity, Routing
 
@@ -83,6 +84,17 @@ def top_score(logits: torch.Tensor, gated: Gated, score: Score) -> torch.Tensor:
     """[T], increasing with a token's best score before any normalisation: what batch-prioritised routing sorts by."""
     best = logits.detach().gather(1, gated.expert_ids[:, :1].long()).squeeze(1).to(gated.logsumexp.dtype)
     return best - gated.logsumexp.detach() if score == "softmax" else best
+
+
+def balance_and_z(logits: torch.Tensor, gated: Gated, *, balance_coef: float, z_coef: float) -> dict[str, torch.Tensor]:
+    """Switch's load-balancing loss and the router z-loss, times their coefficients; none where nothing is recorded."""
+    aux = {}
+    if torch.is_grad_enabled() and logits.requires_grad:
+        if balance_coef:
+            aux["balance"] = balance_coef * losses.switch_balance(gated.expert_ids, gated.score_sum)
+        if z_coef:
+            aux["z"] = z_coef * losses.router_z(gated.logsumexp)
+    return aux
 
 
 def by_priority(priority: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from tutelx.errors import InvalidValueError
 from tutelx.gates import losses
 from tutelx.gates.base import (
     LinearGate,
+    balance_and_z,
     by_priority,
     check_at_most,
     check_coefficients,
@@ -186,16 +187,10 @@ class STMoEGate(LinearGate):
             # One comparison for both cases: U < 1, so a ratio over the threshold always passes.
             sent = second > config.threshold * first * self.draws.uniform(second.shape, second)
             ids = torch.cat([ids[:, :1], torch.where(sent, ids[:, 1:], -1)], dim=1)
-        aux = {}
-        if torch.is_grad_enabled() and logits.requires_grad:
-            if config.balance_coef:
-                aux["balance"] = config.balance_coef * losses.switch_balance(gated.expert_ids, gated.score_sum)
-            if config.z_coef:
-                aux["z"] = config.z_coef * losses.router_z(gated.logsumexp)
         return Routing(
             expert_ids=ids,
             weights=weights,
-            aux_losses=aux,
+            aux_losses=balance_and_z(logits, gated, balance_coef=config.balance_coef, z_coef=config.z_coef),
             logits=logits,
             priority=top_score(logits, gated, "softmax") if prioritized else None,
         )

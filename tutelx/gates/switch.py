@@ -10,9 +10,9 @@ from torch import nn
 
 from tutelx import ops
 from tutelx.draws import check_generator, draws_from
-from tutelx.gates import losses
 from tutelx.gates.base import (
     LinearGate,
+    balance_and_z,
     by_priority,
     check_at_most,
     check_coefficients,
@@ -22,7 +22,6 @@ from tutelx.gates.base import (
     wide,
 )
 from tutelx.gates.statistics import expert_counts
-from tutelx.ops.gate import Gated
 from tutelx.types import Capacity, Routing
 
 
@@ -99,7 +98,8 @@ class SwitchGate(LinearGate):
         if config.reroute and limit is not None:
             routing = self._reroute(logits, k, limit, priority)
             routing["requested"] = expert_counts(gated.expert_ids, logits.shape[1])
-        return Routing(**routing, aux_losses=self._losses(logits, gated), logits=logits, priority=priority)  # type: ignore[arg-type]
+        aux = balance_and_z(logits, gated, balance_coef=config.balance_coef, z_coef=config.z_coef)
+        return Routing(**routing, aux_losses=aux, logits=logits, priority=priority)  # type: ignore[arg-type]
 
     def _reroute(self, logits: torch.Tensor, k: int, limit: int, priority: torch.Tensor | None) -> dict:
         """Round by round, choices over the capacity take the token's next best expert that it has not tried.
@@ -125,15 +125,6 @@ class SwitchGate(LinearGate):
                 break
         weights = ranked.weights.gather(1, settled.clamp_min(0))
         return {"expert_ids": _pick(ranked.expert_ids, settled), "weights": weights, "capacity": limit}
-
-    def _losses(self, logits: torch.Tensor, gated: Gated) -> dict[str, torch.Tensor]:
-        config, aux = self.config, {}
-        if torch.is_grad_enabled() and logits.requires_grad:
-            if config.balance_coef:
-                aux["balance"] = config.balance_coef * losses.switch_balance(gated.expert_ids, gated.score_sum)
-            if config.z_coef:
-                aux["z"] = config.z_coef * losses.router_z(gated.logsumexp)
-        return aux
 
 
 def _pick(ranked_ids: torch.Tensor, place: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,7 @@ import torch
 
 from tutelx import ops
 from tutelx.errors import InvalidValueError
-from tutelx.gates import losses
-from tutelx.gates.base import LinearGate, check_at_most, check_coefficients, check_ints, top_score
+from tutelx.gates.base import LinearGate, balance_and_z, check_at_most, check_coefficients, check_ints, top_score
 from tutelx.types import Capacity, Routing
 
 
@@ -70,16 +69,10 @@ class TopPGate(LinearGate):
         weights = weights.masked_fill(~taken, 0.0)
         if config.normalize:
             weights = weights / weights.sum(dim=1, keepdim=True)
-        aux = {}
-        if torch.is_grad_enabled() and logits.requires_grad:
-            if config.balance_coef:
-                aux["balance"] = config.balance_coef * losses.switch_balance(gated.expert_ids, gated.score_sum)
-            if config.z_coef:
-                aux["z"] = config.z_coef * losses.router_z(gated.logsumexp)
         return Routing(
             expert_ids=expert_ids,
             weights=weights,
-            aux_losses=aux,
+            aux_losses=balance_and_z(logits, gated, balance_coef=config.balance_coef, z_coef=config.z_coef),
             logits=logits,
             priority=top_score(logits, gated, "softmax") if prioritized else None,
         )

@@ -8,8 +8,7 @@ import torch
 
 from tutelx import ops
 from tutelx.errors import InvalidValueError
-from tutelx.gates import losses
-from tutelx.gates.base import LinearGate, check_at_most, check_coefficients, check_ints, top_score
+from tutelx.gates.base import LinearGate, balance_and_z, check_at_most, check_coefficients, check_ints, top_score
 from tutelx.ops.gate import Score
 from tutelx.types import Capacity, Routing
 
@@ -51,16 +50,10 @@ class TopK:
         """logits [T, E] -> the Routing of T tokens."""
         scored = logits.to(self.score_dtype) if self.score_dtype else logits
         gated = ops.gate(scored, self.k if top_k is None else top_k, score=self.score, normalize=self.normalize)
-        aux = {}
-        if torch.is_grad_enabled() and logits.requires_grad:
-            if self.balance_coef:
-                aux["balance"] = self.balance_coef * losses.switch_balance(gated.expert_ids, gated.score_sum)
-            if self.z_coef:
-                aux["z"] = self.z_coef * losses.router_z(gated.logsumexp)
         return Routing(
             expert_ids=gated.expert_ids,
             weights=gated.weights,
-            aux_losses=aux,
+            aux_losses=balance_and_z(logits, gated, balance_coef=self.balance_coef, z_coef=self.z_coef),
             logits=logits,
             priority=top_score(scored, gated, self.score) if prioritized else None,
         )

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from tutelx.bench import limits
 from tutelx.bench.shapes import Shape
 from tutelx.bench.subject import Subject, Tensors, Way
-from tutelx.bench.subjects.layer import LayerInputs, make, routing
+from tutelx.bench.subjects.layer import LayerInputs, grouped_mm, make, routing
 from tutelx.bench.subjects.route import touched
 
 
@@ -37,30 +37,13 @@ def _loop(inputs: LayerInputs) -> torch.Tensor:
     return y_TD
 
 
-def _grouped_mm(inputs: LayerInputs) -> torch.Tensor:
-    weights_TK, ids_TK = routing(inputs)
-    gate, up, down = (leaf.transpose(1, 2) for leaf in inputs.leaves[2:])
-    flat = ids_TK.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    ends = torch.bincount(flat, minlength=gate.shape[0]).cumsum(0).int()
-    tokens = order // inputs.top_k
-    x = inputs.x_TD.index_select(0, tokens)
-    hidden = F.silu(F.grouped_mm(x, gate, offs=ends)) * F.grouped_mm(x, up, offs=ends)
-    out = F.grouped_mm(hidden, down, offs=ends) * weights_TK.reshape(-1)[order].to(x.dtype).unsqueeze(1)
-    return torch.zeros_like(inputs.x_TD).index_add_(0, tokens, out)
-
-
-def _must_move(shape: Shape, S: int) -> int:
-    return limits.layer_inference(shape, S, touched(shape))
-
-
 SUBJECTS = (
     Subject(
         op="layer_inference",
         make=_make,
         ours=lambda inputs: inputs.layer(inputs.x_TD),
-        plain=(Way(name="loop of experts", call=_loop), Way(name="grouped_mm", call=_grouped_mm)),
+        plain=(Way(name="loop of experts", call=_loop), Way(name="grouped_mm", call=grouped_mm)),
         reads=_weights,
-        must_move=_must_move,
+        must_move=lambda shape, S: limits.layer_inference(shape, S, touched(shape)),
     ),
 )

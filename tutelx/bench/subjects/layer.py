@@ -94,8 +94,8 @@ def _loop(inputs: LayerInputs) -> Tensors:
     return gradients(y_TD, inputs)
 
 
-def _grouped_mm(inputs: LayerInputs) -> Tensors:
-    """Sort, three grouped products, weigh, add up."""
+def grouped_mm(inputs: LayerInputs) -> torch.Tensor:
+    """Sort, three grouped products, weigh, add up: the forward in plain torch."""
     weights_TK, ids_TK = routing(inputs)
     gate, up, down = (leaf.transpose(1, 2) for leaf in inputs.leaves[2:])
     flat = ids_TK.reshape(-1)
@@ -105,7 +105,11 @@ def _grouped_mm(inputs: LayerInputs) -> Tensors:
     x = inputs.x_TD.index_select(0, tokens)
     hidden = F.silu(F.grouped_mm(x, gate, offs=ends)) * F.grouped_mm(x, up, offs=ends)
     out = F.grouped_mm(hidden, down, offs=ends) * weights_TK.reshape(-1)[order].to(x.dtype).unsqueeze(1)
-    return gradients(torch.zeros_like(inputs.x_TD).index_add(0, tokens, out), inputs)
+    return torch.zeros_like(inputs.x_TD).index_add(0, tokens, out)
+
+
+def _grouped_mm(inputs: LayerInputs) -> Tensors:
+    return gradients(grouped_mm(inputs), inputs)
 
 
 def _gemms(inputs: LayerInputs) -> None:
@@ -131,7 +135,10 @@ SUBJECTS = (
         op="layer",
         make=make,
         ours=lambda inputs: gradients(inputs.layer(inputs.x_TD), inputs),
-        plain=(Way(name="loop of experts", call=_loop), Way(name="grouped_mm", call=_grouped_mm)),
+        plain=(
+            Way(name="loop of experts", call=_loop),
+            Way(name="grouped_mm", call=_grouped_mm),
+        ),
         gemms=_gemms,
         must_move=lambda shape, S: limits.layer(shape, S, touched(shape)),
         flops=limits.layer_flops,
