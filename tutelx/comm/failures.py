@@ -95,15 +95,16 @@ def _reasons(mesh: Mesh, number: int, groups: Sequence[dist.ProcessGroup], begin
         told = found.broken if found.broken < others or mesh.world == 2 else set()
         return [f"rank {rank} has closed its connection" for rank in sorted(told)]
     failures = [f"rank {rank} failed in the call: {why}" for rank, why in sorted(found.reports.items()) if why]
-    silent = sorted(others - found.reports.keys())
-    return failures + [f"rank {rank} died, hangs or is late: the others have left the call" for rank in silent]
+    silent = others - found.reports.keys()
+    # A rank that had all it needed may have finished the call: where connections broke, only their ranks are lost.
+    lost = sorted(silent & found.broken or silent)
+    return failures + [f"rank {rank} died, hangs or is late: the others have left the call" for rank in lost]
 
 
 def _look(mesh: Mesh, number: int, groups: Sequence[dist.ProcessGroup], last: float, found: _Found) -> None:
     others = set(range(mesh.world)) - {mesh.rank}
-    gloo = _is_gloo(mesh.group)
-    if gloo:
-        found.broken = {rank for rank in others if _is_broken(mesh.group, rank)}
+    if _is_gloo(mesh.group):
+        found.broken = {rank for group in groups for rank in _broken(mesh, group)}
     _publish(mesh, number, "")
     found.reached = True
     for group in groups:
@@ -112,8 +113,9 @@ def _look(mesh: Mesh, number: int, groups: Sequence[dist.ProcessGroup], last: fl
     while True:
         _read(mesh, number, others, found.reports)
         silent = others - found.reports.keys()
-        # Who closed a connection has died or is about to report; another may still wait for somebody.
-        if not silent or time.monotonic() > (soon if silent <= found.broken or not gloo else last):
+        # Who closed a connection has died or is about to report; without one that did, somebody may still wait.
+        gone = silent & found.broken or not _is_gloo(mesh.group)
+        if not silent or time.monotonic() > (soon if gone else last):
             return
         time.sleep(pause)
         pause = min(2 * pause, _PAUSES[1])
@@ -139,6 +141,12 @@ def _read(mesh: Mesh, number: int, ranks: set[int], reports: dict[int, str]) -> 
 
 def _is_gloo(group: dist.ProcessGroup) -> bool:
     return "cpu:gloo" in dist.get_backend_config(group)
+
+
+def _broken(mesh: Mesh, group: dist.ProcessGroup) -> set[int]:
+    """The ranks, as the mesh counts them, whose connection in `group` is closed."""
+    peers = {rank: dist.get_global_rank(group, rank) for rank in range(group.size()) if rank != group.rank()}
+    return {dist.get_group_rank(mesh.group, known) for rank, known in peers.items() if _is_broken(group, rank)}
 
 
 def _is_broken(group: dist.ProcessGroup, rank: int) -> bool:
