@@ -36,17 +36,13 @@ struct ActivationBackward final : Node {
 Tensor activation(const Tensor& gate, const std::optional<Tensor>& up, c10::string_view kind) {
   static const auto op =
       operator_handle<Tensor(const Tensor&, const std::optional<Tensor>&, c10::string_view)>("tutelx::activation");
-  const auto below = [&] {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return op.call(gate, up, kind);
-  };
-  if (!records(gate, up)) return below();
+  if (!records(gate, up)) return below(op, gate, up, kind);
   const auto [pointer, node] = make_node<ActivationBackward>(gate, up);
   node->gate = saved(gate);
   node->gated = up.has_value();
   if (up) node->up = saved(*up);
   node->kind = std::string(kind);
-  const Tensor out = below();
+  const Tensor out = below(op, gate, up, kind);
   torch::autograd::set_history(out, pointer);
   return out;
 }

@@ -77,11 +77,8 @@ Forward expert_ffn(const Tensor& rows, const Tensor& counts, const Tensor& offse
       const Tensor&, const Tensor&, const Tensor&, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
       at::TensorList, at::TensorList, c10::string_view, int64_t, int64_t, bool, bool)>("tutelx::expert_ffn");
   const bool recorded = records(rows, gate, up, down, gate_bias, up_bias, down_bias);
-  const Forward out = [&] {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return op.call(rows, counts, offsets, gate, up, down, gate_bias, up_bias, down_bias, activation, tile_rows,
-                   tile_columns, keep || recorded, zero_unused);
-  }();
+  const Forward out = below(op, rows, counts, offsets, gate, up, down, gate_bias, up_bias, down_bias, activation,
+                            tile_rows, tile_columns, keep || recorded, zero_unused);
   if (!recorded) return out;
   const auto [pointer, node] = make_node<ExpertFfnBackward>(rows, gate, up, down, gate_bias, up_bias, down_bias);
   node->rows = saved(rows);
@@ -133,10 +130,7 @@ Tensor expert_linear(const Tensor& rows, const Tensor& counts, const Tensor& off
                      at::TensorList bias, int64_t tile_rows, int64_t tile_columns) {
   static const auto op = operator_handle<Tensor(const Tensor&, const Tensor&, const Tensor&, at::TensorList,
                                                 at::TensorList, int64_t, int64_t)>("tutelx::expert_linear");
-  const Tensor out = [&] {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return op.call(rows, counts, offsets, weight, bias, tile_rows, tile_columns);
-  }();
+  const Tensor out = below(op, rows, counts, offsets, weight, bias, tile_rows, tile_columns);
   if (!records(rows, weight, bias)) return out;
   const auto [pointer, node] = make_node<ExpertLinearBackward>(rows, weight, bias);
   node->rows = saved(rows);

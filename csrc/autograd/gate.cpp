@@ -39,12 +39,8 @@ struct GateBackward final : Node {
 
 Gated gate(const Tensor& logits, int64_t k, c10::string_view score, bool renormalize) {
   static const auto op = operator_handle<Gated(const Tensor&, int64_t, c10::string_view, bool)>("tutelx::gate");
-  const auto below = [&] {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return op.call(logits, k, score, renormalize);
-  };
-  if (!records(logits)) return below();
-  const Gated out = below();
+  if (!records(logits)) return below(op, logits, k, score, renormalize);
+  const Gated out = below(op, logits, k, score, renormalize);
   const auto& [expert_ids, weights, score_sum, logsumexp] = out;
   const auto [pointer, node] = make_node<GateBackward>(logits);
   node->logits = saved(logits);

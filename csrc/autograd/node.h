@@ -64,6 +64,13 @@ auto operator_handle(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// The operator itself: nothing is recorded.
+template <class Op, class... Arguments>
+auto below(const Op& op, const Arguments&... arguments) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(arguments...);
+}
+
 inline SavedVariable saved(const Tensor& t) { return {t, /*is_output=*/false}; }
 inline std::vector<SavedVariable> saved(at::TensorList list) {
   std::vector<SavedVariable> out;

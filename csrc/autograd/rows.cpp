@@ -64,29 +64,21 @@ struct DecodeBackward final : Node {
 
 Tensor encode(const Tensor& x, const Tensor& source, const Tensor& dest) {
   static const auto op = operator_handle<Tensor(const Tensor&, const Tensor&, const Tensor&)>("tutelx::encode");
-  const auto below = [&] {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return op.call(x, source, dest);
-  };
-  if (!records(x)) return below();
+  if (!records(x)) return below(op, x, source, dest);
   const auto [pointer, node] = make_node<EncodeBackward>(x);
   node->dest = saved(dest);
-  const Tensor rows = below();
+  const Tensor rows = below(op, x, source, dest);
   torch::autograd::set_history(rows, pointer);
   return rows;
 }
 
 Tensor encode_backward(const Tensor& grad_rows, const Tensor& dest) {
   static const auto op = operator_handle<Tensor(const Tensor&, const Tensor&)>("tutelx::encode_backward");
-  const auto below = [&] {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return op.call(grad_rows, dest);
-  };
-  if (!records(grad_rows)) return below();
+  if (!records(grad_rows)) return below(op, grad_rows, dest);
   const auto [pointer, node] = make_node<EncodeBackwardBackward>(grad_rows);
   node->dest = saved(dest);
   node->rows = grad_rows.size(0);
-  const Tensor grad_x = below();
+  const Tensor grad_x = below(op, grad_rows, dest);
   torch::autograd::set_history(grad_x, pointer);
   return grad_x;
 }
@@ -94,17 +86,13 @@ Tensor encode_backward(const Tensor& grad_rows, const Tensor& dest) {
 Tensor decode(const Tensor& rows, const Tensor& dest, const Tensor& source, const Tensor& weights) {
   static const auto op =
       operator_handle<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("tutelx::decode");
-  const auto below = [&] {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return op.call(rows, dest, source, weights);
-  };
-  if (!records(rows, weights)) return below();
+  if (!records(rows, weights)) return below(op, rows, dest, source, weights);
   const auto [pointer, node] = make_node<DecodeBackward>(rows, weights);
   node->rows = saved(rows);
   node->dest = saved(dest);
   node->source = saved(source);
   node->weights = saved(weights);
-  const Tensor y = below();
+  const Tensor y = below(op, rows, dest, source, weights);
   torch::autograd::set_history(y, pointer);
   return y;
 }

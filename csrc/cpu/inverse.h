@@ -7,7 +7,6 @@
 #include <cstring>
 
 #include "../check.h"
-#include "gather_sum.h"
 #include "parallel.h"
 
 namespace tutelx {

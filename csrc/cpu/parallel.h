@@ -64,4 +64,9 @@ void parallel_ranges(int64_t n, int64_t grain, const Fn& fn) {
   parallel_items(ranges, [&](int64_t i) { fn(n * i / ranges, n * (i + 1) / ranges); });
 }
 
+// Enough bytes to a task that threads are worth waking, few enough that they balance.
+inline int64_t rows_per_task(int64_t row_bytes) {
+  return std::max<int64_t>(1, 131072 / std::max<int64_t>(1, row_bytes));
+}
+
 }  // namespace tutelx
