@@ -87,6 +87,9 @@ def _maker(config: Make) -> Callable[[Shape, torch.dtype], GateInputs]:
                     parameter.copy_(cases.tensor(*parameter.shape, seed=i) / shape.E**0.5)
             if hasattr(gate, "weight"):
                 gate.weight.copy_(torch.eye(shape.E))
+            if isinstance(gate, gates.HierarchicalGate):
+                # A group's logit is that of its first expert, or in low precision two groups would tie.
+                gate.group_weight.copy_(torch.eye(shape.E)[:: shape.E // gate.config.num_groups])
             if isinstance(gate, gates.BiasBalancedGate):
                 gate.bias_correction.copy_(cases.tensor(shape.E, seed=3) / 8)
         # Distinct numbers, exact in low precision: no ties, which every form may break as it likes.
