@@ -14,11 +14,14 @@ FLOORS = [
     {"ops"},
     {"comm"},
     {"gates", "experts", "stats", "planner", "testing"},
+    {"tuning"},
+    {"scheduler", "policies"},
     {"dispatch"},
     {"layer"},
     {"wrapping", "integrations"},
-    {"structure", "losses", "parallel", "checkpoints"},
+    {"structure", "losses", "parallel", "checkpoints", "monitor"},
     {"demo", "bench"},
+    {"tuner"},
     {"cli", "__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
