@@ -12,38 +12,37 @@ from tutelx.comm import pipeline
 from tutelx.comm.placement import Placement
 
 TOKENS = {1: (9,), 2: (5, 8), 4: (5, 7, 0, 9)}
+KINDS = [
+    {"layout": "ragged"},
+    {"layout": "padded", "expert_kernel": "bmm"},
+    {"layout": "ragged", "tile_rows": 2, "tile_columns": 3},
+    {"layout": "padded"},
+]
 # What else varies, taken in turns, so that every value meets many plans.
 TURNS = [
     {"experts": "gated", "bias": True},
     {"experts": "ffn", "bias": True, "capacity": 0.75},
-    {"experts": "gated", "bias": False, "dtype": torch.float32},
+    {"experts": "gated", "bias": False},
     {"experts": "ffn", "bias": False, "capacity": 1.5, "hidden_dim": 6},
     {"experts": "gated", "bias": True, "hidden_dim": 3, "capacity": 1.0},
 ]
 
 
 def plans(degrees: tuple[int, ...]) -> list[Plan]:
-    kinds = [
-        {"layout": "ragged"},
-        {"layout": "padded", "expert_kernel": "bmm"},
-        {"layout": "ragged", "tile_rows": 2, "tile_columns": 3},
-        {"layout": "padded"},
-    ]
-    found = []
-    for n, (degree, d) in enumerate(itertools.product(degrees, (1, 2, 4, 8))):
-        if degree > 0:
-            found += [Plan(shard_degree=degree, pipeline_degree=d, **kinds[(n + i) % 4]) for i in (0, 1)]
-        elif d == 1:
-            found += [Plan(shard_degree=0, **kind) for kind in kinds]
-    return found
+    """Every shard degree with every pipeline degree, in every kind of layout and kernel."""
+    chunked = itertools.product(degrees, (1, 2, 4, 8), KINDS)
+    # With all weights gathered nothing travels that could be cut into chunks.
+    return [Plan(shard_degree=r, pipeline_degree=d, **kind) for r, d, kind in chunked if r > 0 or d == 1]
 
 
 def cases(world: int, num_experts: int) -> list[Case]:
     degrees = Placement(num_experts=num_experts, hidden_dim=8, world=world).degrees()
-    turns = itertools.cycle(TURNS)
-    for _ in range(num_experts):
-        next(turns)
-    return [Case(tokens=TOKENS[world], num_experts=num_experts, plan=plan, **next(turns)) for plan in plans(degrees)]
+    tried = list(itertools.product(plans(degrees), (torch.float64, torch.float32)))
+    turns = itertools.islice(itertools.cycle(TURNS), num_experts, None)
+    return [
+        Case(tokens=TOKENS[world], num_experts=num_experts, plan=plan, dtype=dtype, **turn)
+        for (plan, dtype), turn in zip(tried, turns)
+    ]
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 4, 6, 8])
