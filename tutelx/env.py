@@ -62,3 +62,15 @@ def missing_rendezvous() -> list[str]:
 def local_rank() -> int:
     """LOCAL_RANK: the rank's place on its node, 0 if unset."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def planner() -> str:
+    """TUTELX_PLANNER: what plans where a layer is given no planner: "lookup" (the default), "online" or "rules".
+
+    Raises:
+        InvalidValueError: it is something else.
+    """
+    value = os.environ.get("TUTELX_PLANNER", "lookup")
+    if value not in ("lookup", "online", "rules"):
+        raise InvalidValueError(f"TUTELX_PLANNER={value!r} is none of 'lookup', 'online', 'rules'")
+    return value

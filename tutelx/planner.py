@@ -67,17 +67,26 @@ def _on_cpu(workload: Workload) -> Decision:
         return Decision(plan=Plan(layout=layout), source="default", reason="load unknown", workload=workload)
     fullest = workload.demand if workload.capacity is None else min(workload.demand, workload.capacity)
     rows = workload.tokens * workload.top_k
-    share = rows / workload.threads
-    if fullest <= share / 2:
-        tile_rows = _power_of_two_from(fullest)
+    if fullest <= rows / workload.threads / 2:
         reason = f"balanced: the fullest expert has {fullest} of {rows} rows, one tile each"
     else:
-        tile_rows = _power_of_two_from(int(share / 4))
         reason = f"skewed: the fullest expert has {fullest} of {rows} rows, cut so that threads share it"
-    tile_rows = min(max(tile_rows, SMALLEST_ROWS), LARGEST_ROWS)
-    few_tiles = rows < 2 * workload.threads * tile_rows
-    plan = Plan(layout=layout, tile_rows=tile_rows, tile_columns=NARROW if few_tiles else WIDE)
+    tile_rows, tile_columns = tiles(workload)
+    plan = Plan(layout=layout, tile_rows=tile_rows, tile_columns=tile_columns)
     return Decision(plan=plan, source="rule", reason=reason, workload=workload)
+
+
+def tiles(workload: Workload) -> tuple[int, int]:
+    """Rows and columns of a tile, of a plan for this load: quick, for whoever asks on every call."""
+    demand, capacity, threads = workload.demand, workload.capacity, workload.threads
+    if demand is None or workload.device != "cpu":
+        return Plan.tile_rows, Plan.tile_columns
+    fullest = demand if capacity is None or demand < capacity else capacity
+    rows = workload.tokens * workload.top_k
+    share = rows / threads
+    tile_rows = _power_of_two_from(fullest if fullest <= share / 2 else int(share / 4))
+    tile_rows = SMALLEST_ROWS if tile_rows < SMALLEST_ROWS else min(tile_rows, LARGEST_ROWS)
+    return tile_rows, NARROW if rows < 2 * threads * tile_rows else WIDE
 
 
 def _over_ranks(decision: Decision) -> Decision:

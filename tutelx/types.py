@@ -206,6 +206,8 @@ class Decision:
     """A plan, where it came from, and why.
 
     exchange: over many ranks, what really ran between them.
+    predicted_seconds: what a cost model expects of the call; None where none was asked.
+    measured_seconds: what the call took where this plan was measured for such a workload; None where it never was.
     """
 
     plan: Plan
@@ -213,6 +215,8 @@ class Decision:
     reason: str
     workload: Workload
     exchange: str = ""
+    predicted_seconds: float | None = None
+    measured_seconds: float | None = None
 
 
 class Planner(Protocol):

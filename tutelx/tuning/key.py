@@ -18,7 +18,8 @@ class Key:
     """One bucket of workloads.
 
     tokens: T of the rank that has most, the bucket's least.
-    load_factor: rows of the fullest expert, after the capacity, over the mean K*T/E, the bucket's least; 0: unknown.
+    load_factor: rows of the fullest expert, after the capacity, over the mean K*T/E, the bucket's least; where the load
+        is unknown, those that the capacity allows it; 0: that is unknown too.
     expert_numbers: parameters of one expert; tells gated from plain experts.
     threads: of torch on the CPU, the fewest of a rank.
     """
@@ -83,10 +84,12 @@ def bucket(n: int) -> int:
 
 
 def load_factor(workload: Workload) -> float:
-    """The fullest expert's rows over the mean, in buckets of a quarter octave; 0 where the load is unknown."""
-    slots = workload.tokens * workload.top_k
-    if workload.demand is None or not slots:
+    """The fullest expert's rows over the mean, in buckets of a quarter octave; 0 if neither load nor capacity is known."""
+    slots, demand, capacity = workload.tokens * workload.top_k, workload.demand, workload.capacity
+    if demand is None:
+        demand = capacity
+    if demand is None or not slots:
         return 0.0
-    fullest = workload.demand if workload.capacity is None else min(workload.demand, workload.capacity)
+    fullest = demand if capacity is None or demand < capacity else capacity
     factor = max(fullest * workload.num_experts / slots, 1e-3)
     return float(2.0 ** (math.floor(4 * math.log2(factor) + 1e-9) / 4))
