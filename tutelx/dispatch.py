@@ -81,6 +81,7 @@ class Request:
             threads=torch.get_num_threads(),
             layouts=self.experts.layouts,
             expert_kernels=self.experts.kernels_for(self.x),
+            expert_numbers=self.experts.numbers,
         )
 
     def decide(self, workload: Workload) -> Decision:

@@ -20,7 +20,7 @@ class Experts(nn.Module):
     layouts: tuple[Layout, ...] = ("ragged", "padded")
     expert_kernels: tuple[ExpertKernel, ...] = ("tiled",)
     hidden_dim: int = 0
-    numbers: int = 0  # parameters of one expert, where they may travel
+    numbers: int = 0  # parameters of one expert, where they are known
 
     def kernels_for(self, x: torch.Tensor) -> tuple[ExpertKernel, ...]:
         """Those that can run rows of x's dtype on its device; `expert_kernels` can run any."""

@@ -61,6 +61,13 @@ class LinkedExperts:
     def hidden_dim(self) -> int:
         return self.formula.hidden_dim
 
+    @property
+    def numbers(self) -> int:
+        """Parameters of one expert."""
+        modules = self.modules._modules
+        expert = next(iter(modules.values()), None)
+        return 0 if expert is None else sum(p.numel() for p in expert.parameters())
+
     def kernels_for(self, x: torch.Tensor) -> tuple[ExpertKernel, ...]:
         """Grouped products stack the weights on every call, and give experts without rows a gradient of zeros."""
         num_experts, model_dim = len(self.modules), x.shape[-1]

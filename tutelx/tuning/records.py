@@ -61,6 +61,7 @@ class Candidate:
     """One plan's timing, in seconds of a call, of the slowest rank.
 
     ratio: median over the turns of its time over the default's in the same turn; drift of the machine cancels in it.
+    spread: how far the true ratio may lie from `ratio`: two standard errors of that median.
     error: the largest relative error against the reference, of outputs and gradients; None if it was not checked.
     status: "wrong": the error was too large, never to be chosen; "slow": stopped early as a clear loser.
     """
@@ -72,6 +73,7 @@ class Candidate:
     ratio: float
     error: float | None
     status: Status = "ok"
+    spread: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,6 @@ class Record:
 
     @property
     def best(self) -> Candidate:
-        """The one with the least ratio of those that are right; the default where none beats it."""
-        right = [c for c in self.candidates if c.status == "ok" or c.plan == self.default]
+        """The one with the least ratio of those that are right; the default where none beats it beyond the spread."""
+        right = [c for c in self.candidates if c.plan == self.default or (c.status == "ok" and c.ratio + c.spread < 1)]
         return min(right, key=lambda c: (c.ratio, c.plan != self.default))

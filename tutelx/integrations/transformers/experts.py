@@ -76,6 +76,13 @@ def _hidden_dim(experts: Any) -> int:
     return experts.down_proj.shape[1 if says(experts, "is_transposed") else 2]
 
 
+def _numbers(experts: Any, model_dim: int) -> int:
+    """Parameters of one expert."""
+    hidden_dim, inner = _hidden_dim(experts), 2 if says(experts, "has_gate") else 1
+    biases = inner * hidden_dim + model_dim if says(experts, "has_bias") else 0
+    return (inner + 1) * hidden_dim * model_dim + biases
+
+
 def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
     # As torch's own products do: autocast leaves float64 alone.
     if torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64:
@@ -110,6 +117,7 @@ def _dispatch(
         training=torch.is_grad_enabled(),
         threads=torch.get_num_threads(),
         layouts=("ragged",),
+        expert_numbers=_numbers(experts, x_TM.shape[1]),
     )
     decision = setting.planner.plan(workload)
     if decision.plan.layout != "ragged" or decision.plan.expert_kernel != "tiled":
