@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tutelx import ops
-from tutelx.dispatch import Request, dispatch_here, dispatch_over_ranks
+from tutelx.dispatch import Dispatch, Request, dispatch_here, dispatch_over_ranks
 from tutelx.errors import InvalidTypeError, InvalidValueError
 from tutelx.experts import Experts, build_experts
 from tutelx.gates import Gate, GateConfig, TopK, build_gate
@@ -114,21 +114,24 @@ class MoEBase(nn.Module):
             plan=plan,
         )
         step = dispatch_here(request) if self.ranks is None else dispatch_over_ranks(request, self.ranks)
-        decision, call, map = step.decision, step.call, step.map
-        weights_TK = routing.weights
-        if call is None:
-            rows_RM = experts(ops.encode(x_TM, map), map, decision.plan)
-        else:
-            map, weights_TK = call.map, call.spread(weights_TK)
-            rows_RM = experts.across(ops.encode(x_TM, map), call, decision.plan)
-        y_TM = ops.decode(rows_RM, map, weights_TK if rows_RM.dtype != torch.float64 else weights_TK.to(rows_RM.dtype))
+        y_TM = self._compute(x_TM, routing.weights, experts, step)
         if self.tensor_parallel is not None:
             y_TM = self.tensor_parallel.gather(y_TM, whole.expert_ids.shape[0])
 
         self._last.aux_loss = torch.stack(list(whole.aux_losses.values())).sum() if whole.aux_losses else None
-        self._last.decision = decision
-        self._last.stats = RoutingStats(step.map, routing, agreed=step.agreed, call=call)
-        return y_TM.reshape(x.shape)
+        self._last.decision = step.decision
+        self._last.stats = RoutingStats(step.map, routing, agreed=step.agreed, call=step.call)
+        return y_TM.reshape(*x.shape[:-1], y_TM.shape[1])
+
+    def _compute(self, x_TM: torch.Tensor, weights_TK: torch.Tensor, experts: Experts, step: Dispatch) -> torch.Tensor:
+        """The tokens to their experts and back, as it was decided."""
+        call, map, plan = step.call, step.map, step.decision.plan
+        if call is None:
+            rows_RM = experts(ops.encode(x_TM, map), map, plan)
+        else:
+            map, weights_TK = call.map, call.spread(weights_TK)
+            rows_RM = experts.across(ops.encode(x_TM, map), call, plan)
+        return ops.decode(rows_RM, map, weights_TK if rows_RM.dtype != torch.float64 else weights_TK.to(rows_RM.dtype))
 
     def _prepared(self) -> AbstractContextManager[None]:
         """Whatever fails in here is told to the other ranks, which would wait."""
