@@ -1,5 +1,6 @@
 """Set-up that all tests share."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,9 @@ except ImportError:  # a machine with a GPU need not have it: tests/gpu can do w
 else:
     settings.register_profile("tutelx", deadline=None, max_examples=40, derandomize=True)
     settings.load_profile("tutelx")
+
+# Plans do not depend on what was measured on the machine that runs the tests. Ranks and commands inherit it.
+os.environ.setdefault("TUTELX_PLANNER", "rules")
 
 # A suite started in the background inherits an ignored SIGINT, and the tests of Ctrl-C would then test nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tutelx import gates, losses, ops, parallel, structure
     from tutelx.layer import MoE
+    from tutelx.scheduler import Scheduler
     from tutelx.structure import ResidualMoE, SharedExperts, convert_dense
     from tutelx.types import Capacity, Decision, DispatchMap, Plan, Planner, Routing, Workload
     from tutelx.wrapping import unwrap, wrap
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "MoE": "tutelx.layer",
+    "Scheduler": "tutelx.scheduler",
     "ResidualMoE": "tutelx.structure",
     "SharedExperts": "tutelx.structure",
     "convert_dense": "tutelx.structure",
@@ -43,6 +45,7 @@ __all__ = [
     "Planner",
     "ResidualMoE",
     "Routing",
+    "Scheduler",
     "SharedExperts",
     "Workload",
     "convert_dense",

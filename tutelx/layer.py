@@ -17,7 +17,7 @@ from tutelx.errors import InvalidTypeError, InvalidValueError
 from tutelx.experts import Experts, build_experts
 from tutelx.gates import Gate, GateConfig, TopK, build_gate
 from tutelx.ops.activation import Activation
-from tutelx.planner import RulePlanner
+from tutelx.scheduler import default_planner
 from tutelx.stats import RoutingStats
 from tutelx.types import Capacity, Decision, Plan, Planner
 
@@ -64,7 +64,7 @@ class MoEBase(nn.Module):
         self.model_dim, self.num_experts = model_dim, num_experts
         self.capacity, self.eval_capacity = capacity, eval_capacity
         self.batch_prioritized = batch_prioritized
-        self.planner: Planner = planner if planner is not None else RulePlanner()
+        self.planner: Planner = planner if planner is not None else default_planner()
         self.ranks: Ranks | None = None
         self.tensor_parallel: TensorParallel | None = None
         self._last = _LastCall()
@@ -167,7 +167,7 @@ class MoE(MoEBase):
         bias: of the built-in experts.
         expert_dropout: of the built-in experts' hidden values in training, apart from any dropout around the layer.
         generator: draws that dropout; None takes torch's own. A gate that draws has a generator in its configuration.
-        planner: chooses the plan of each call.
+        planner: chooses the plan of each call; default: `tutelx.scheduler.default_planner`.
         mesh: the ranks that share the experts: a DeviceMesh of one dimension, or of two (nodes, ranks of a node), or a
             process group. Each holds its share of the weights (`tutelx.comm.placement`), all must make every call, with
             as many tokens as each likes, none included. The gradients of the experts are those of the sum of the

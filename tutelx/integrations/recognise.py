@@ -15,6 +15,7 @@ from tutelx.integrations.replacement import WrappedMoE
 from tutelx.integrations.sandbox import Sandbox, Values
 from tutelx.integrations.spec import Declined, LayerSpec, Undecided
 from tutelx.integrations.subject import TOKENS, Subject
+from tutelx.planner import RulePlanner
 from tutelx.types import Capacity
 
 is_candidate = llama.is_candidate
@@ -121,7 +122,7 @@ def _by_gradients(subject: Subject, specs: list[LayerSpec]) -> LayerSpec:
     expected_y, expected = gradients(subject.layer, x, names, subject.values)
     results = []
     for spec in specs:
-        wrapped = WrappedMoE(subject.layer, spec, capacity=Capacity.dropless(), planner=None)
+        wrapped = WrappedMoE(subject.layer, spec, capacity=Capacity.dropless(), planner=RulePlanner())
         given_y, given = gradients(wrapped, x, names, subject.values)
         results.append((relative_error(given_y, expected_y), *largest_error(given, expected, spec.vanishing(names))))
     tolerance = TOLERANCE[subject.parts.dtype]

@@ -84,7 +84,7 @@ def bucket(n: int) -> int:
 
 
 def load_factor(workload: Workload) -> float:
-    """The fullest expert's rows over the mean, in buckets of a quarter octave; 0 if neither load nor capacity is known."""
+    """The fullest expert's rows over the mean, in buckets of a quarter octave; 0 if load and capacity are unknown."""
     slots, demand, capacity = workload.tokens * workload.top_k, workload.demand, workload.capacity
     if demand is None:
         demand = capacity

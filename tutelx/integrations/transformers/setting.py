@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tutelx.integrations.spec import ExpertsSpec
-from tutelx.planner import RulePlanner
+from tutelx.scheduler import default_planner
 from tutelx.stats import RoutingStats
 from tutelx.types import Capacity, Decision, Planner
 
@@ -27,11 +27,17 @@ class Setting:
 
     def __init__(self, *, previous: str | None, capacity: Capacity, planner: Planner | None) -> None:
         self.previous, self.capacity = previous, capacity
-        self.planner: Planner = RulePlanner() if planner is None else planner
+        self._planner = planner
         self.last_decision: Decision | None = None
         self.stats: RoutingStats | None = None
         self.ranks: Ranks | None = None
         self.spec: ExpertsSpec | None = None
+
+    @property
+    def planner(self) -> Planner:
+        if self._planner is None:  # not before it is needed: there is a setting as soon as the module is imported
+            self._planner = default_planner()
+        return self._planner
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_decision": None, "stats": None}

@@ -1,0 +1,172 @@
+"""Which tier answers, with what, and what is remembered; all by hand."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tutelx
+from tests.scheduler.cases import BMM, DEFAULT, SMALL, Found, Shelf, candidate, plan, record, workload
+from tutelx import MoE, Plan, Scheduler
+from tutelx.errors import InvalidValueError
+from tutelx.planner import RulePlanner
+from tutelx.scheduler import default_planner
+from tutelx.scheduler.memo import Memo, bucket_of
+from tutelx.tuning.key import Key
+from tutelx.tuning.records import StoredPlan
+
+
+def decide(found: Found | None, **change):
+    return Scheduler(Shelf(found)).plan(workload(**change))
+
+
+def test_without_a_record_the_rules_answer():
+    for change in ({}, {"demand": 3000}, {"demand": None}, {"tokens": 0, "demand": 0}, {"layouts": ("padded",)}):
+        decision = decide(None, **change)
+        assert decision.plan == RulePlanner().plan(workload(**change)).plan
+        assert (decision.source, decision.measured_seconds) == ("default", None)
+        assert decision.workload == workload(**change)
+
+
+def test_an_exact_record_answers_with_its_best():
+    found = Found(record(candidate(BMM, 0.7), candidate(SMALL, 0.9)))
+    decision = decide(found)
+    assert decision.plan == Plan(layout="padded", expert_kernel="bmm", tile_rows=256)  # 150 rows: tiles of 256
+    assert (decision.source, decision.measured_seconds) == ("exact", 0.01 * 0.7)
+    assert "0.70 of the default's time; this very key" in decision.reason
+    # What cannot run here is passed over, and so is what is no gain beyond its spread.
+    assert decide(found, expert_kernels=("tiled",)).plan == plan(SMALL)
+    slow = Found(record(candidate(BMM, 0.7), candidate(SMALL, 0.9, spread=0.2)))
+    decision = decide(slow, expert_kernels=("tiled",))
+    assert decision.plan == RulePlanner().plan(workload()).plan
+    assert decision.measured_seconds == 0.01
+    assert "nothing beats the default" in decision.reason
+
+
+@pytest.mark.parametrize("tier", ["nearest", "sibling"])
+def test_what_was_measured_elsewhere_must_win_clearly(tier):
+    reason = "one octave off"
+    decision = decide(Found(record(candidate(BMM, 0.9)), tier, reason))
+    assert (decision.plan.expert_kernel, decision.source, decision.measured_seconds) == ("bmm", tier, None)
+    assert decision.reason.endswith(reason)
+    assert decide(Found(record(candidate(BMM, 0.99)), tier, reason)).plan.expert_kernel == "tiled"
+
+
+def test_wrong_or_impossible_plans_are_never_chosen():
+    far = [
+        candidate(BMM, 0.1, status="wrong", error=0.5),
+        candidate(StoredPlan(layout="ragged", expert_kernel="grouped"), 0.2),
+        candidate(StoredPlan(layout="ragged", expert_kernel="tiled", pipeline_degree=2), 0.3),
+        candidate(StoredPlan(layout="ragged", expert_kernel="tiled", shard_degree=4), 0.3),
+        candidate(StoredPlan(layout="ragged", expert_kernel="tiled", all_to_all="2dh"), 0.3),
+        candidate(StoredPlan(layout="ragged", expert_kernel="tiled", tile_rows=2**31, tile_columns=1), 0.3),
+    ]
+    assert decide(Found(record(*far))).plan == RulePlanner().plan(workload()).plan
+
+
+def test_tiles_that_were_not_stored_follow_the_load_at_hand():
+    best = StoredPlan(layout="padded", expert_kernel="tiled")
+    scheduler = Scheduler(Shelf(Found(record(candidate(best, 0.5)))))
+    # 250 and 260 rows of the fullest expert have one bucket (8192/64 = 128: factors 1.95 and 2.03 lie between 1.68
+    # and 2 or above), but the next powers of two differ.
+    for demand in (150, 250, 260, 600):
+        ruled = RulePlanner().plan(workload(demand=demand)).plan
+        assert scheduler.plan(workload(demand=demand)).plan == plan(
+            best, tile_rows=ruled.tile_rows, tile_columns=ruled.tile_columns
+        )
+
+
+def test_one_bucket_is_looked_up_once():
+    shelf = Shelf(Found(record(candidate(BMM, 0.7))))
+    scheduler = Scheduler(shelf)
+    # Four buckets an octave: 4096..5119 is one. 150 to 151 rows of 8192/64 are one factor.
+    decisions = [scheduler.plan(workload(tokens=tokens, demand=150)) for tokens in (4096, 4097, 4200)]
+    assert shelf.asked == 1
+    assert [d.workload.tokens for d in decisions] == [4096, 4097, 4200], "a decision has the call's own workload"
+    scheduler.plan(workload(tokens=5120, demand=188))
+    assert shelf.asked == 2
+
+
+@given(
+    st.tuples(*[st.sampled_from([64, 65, 512, 700, 4096])] * 2),
+    st.tuples(*[st.sampled_from([None, 8, 9, 40, 4000])] * 2),
+    st.tuples(*[st.sampled_from([None, 16, 300])] * 2),
+    st.sampled_from([("cpu", 1), ("cuda", 1), ("cpu", 4)]),
+)
+def test_equal_buckets_have_equal_keys_and_equal_rules(tokens, demands, capacities, where):
+    device, world = where
+    two = [
+        workload(tokens=t, demand=d, capacity=c, device=device, world=world, shard_degrees=(0, 1))
+        for t, d, c in zip(tokens, demands, capacities)
+    ]
+    if bucket_of(two[0]) == bucket_of(two[1]):
+        assert Key.of(two[0]) == Key.of(two[1])
+        assert RulePlanner().plan(two[0]).plan == RulePlanner().plan(two[1]).plan
+    # A default answer that was remembered is that of the rules.
+    scheduler = Scheduler(Shelf(None))
+    for w in two * 2:
+        assert scheduler.plan(w).plan == RulePlanner().plan(w).plan
+
+
+def test_the_memo_is_bounded():
+    memo = Memo[int](8)
+    for i in range(100):
+        memo.keep((i,), i)
+        assert memo.get((i,)) == i
+        assert len(memo) <= 8
+    assert memo.get((0,)) is None
+
+
+def test_fixed_answers_stay():
+    shelf = Shelf(Found(record(candidate(BMM, 0.7))))
+    scheduler = Scheduler(shelf, "fixed")
+    first = scheduler.plan(workload())
+    shelf.found = None
+    assert scheduler.plan(workload(tokens=1, demand=1)).plan == first.plan
+    assert scheduler.plan(workload(model_dim=64)).plan != first.plan, "another layer has its own"
+    given = Scheduler(mode="fixed", plan=Plan(layout="padded"))
+    assert given.plan(workload()).plan == Plan(layout="padded")
+    with pytest.raises(InvalidValueError, match="plan=padded/256x1024 was given, but mode='lookup'"):
+        Scheduler(plan=Plan(layout="padded"))
+    with pytest.raises(InvalidValueError, match="mode='of'"):
+        Scheduler(mode="of")
+
+
+def test_explain():
+    text = Scheduler(Shelf(Found(record(candidate(BMM, 0.7))))).explain(workload())
+    assert text.splitlines() == [
+        "padded/bmm (exact): 0.70 of the default's time; this very key",
+        "measured: 7.000e-03 s",
+        "the rules would run ragged/256x1024",
+    ]
+
+
+def test_the_default_planner(monkeypatch):
+    monkeypatch.delenv("TUTELX_PLANNER")
+    first, second = MoE(4, 8, 2), MoE(4, 8, 2)
+    assert isinstance(first.planner, Scheduler)
+    assert first.planner is second.planner is default_planner()
+    assert copy.deepcopy(first).planner is first.planner
+    assert pickle.loads(pickle.dumps(first.planner)) is first.planner
+    other = pickle.loads(pickle.dumps(Scheduler(mode="fixed", plan=Plan(layout="padded"))))
+    assert other.always == Plan(layout="padded")
+    monkeypatch.setenv("TUTELX_PLANNER", "rules")
+    assert isinstance(MoE(4, 8, 2).planner, RulePlanner)
+    monkeypatch.setenv("TUTELX_PLANNER", "best")
+    with pytest.raises(InvalidValueError, match="TUTELX_PLANNER='best' is none of"):
+        MoE(4, 8, 2)
+
+
+def test_a_layer_runs_what_is_looked_up():
+    layer = tutelx.MoE(8, 16, 4, planner=Scheduler(Shelf(Found(record(candidate(BMM, 0.7))))))
+    x = torch.randn(10, 8)
+    y = layer(x)
+    assert layer.last_decision.plan.expert_kernel == "bmm"
+    assert layer.last_decision.source == "exact"
+    layer.planner = Scheduler(Shelf(None))
+    torch.testing.assert_close(layer(x), y)
+    assert layer.last_decision.source == "default"
+    assert StoredPlan.of(layer.last_decision.plan, layer.last_decision.plan) == DEFAULT
