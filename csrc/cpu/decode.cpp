@@ -36,30 +36,35 @@ at::Tensor decode(const at::Tensor& rows, const at::Tensor& dest, const at::Tens
 // One row: out = weight * grad, and the dot product of grad with the row. Many partial sums keep the vector
 // units busy and fix the order of the additions.
 template <class T>
-TUTELX_INLINE wide_t<T> scale_and_dot(const T* __restrict grad, const T* __restrict row, wide_t<T> weight,
-                                      T* __restrict out, int64_t D) {
-  constexpr int64_t N = 64;
-  wide_t<T> part[N] = {};
+TUTELX_INLINE wide_t<T> scale_and_dot(const T* __restrict grad, const T* __restrict row, const T* next,
+                                      wide_t<T> weight, T* __restrict out, int64_t D, bool stream) {
+  constexpr int64_t at_once = kPiece / sizeof(T);
+  wide_t<T> part[at_once] = {};
   int64_t d = 0;
-  for (; d + N <= D; d += N)
-    for (int64_t i = 0; i < N; ++i) {
-      const wide_t<T> g = load(grad[d + i]);
-      part[i] += g * load(row[d + i]);
-      out[d + i] = store<T>(weight * g);
+  for (; d + at_once <= D; d += at_once) {
+    expect_piece(next + d);
+    alignas(64) T held[at_once];
+    for (int64_t j = 0; j < at_once; ++j) {
+      const wide_t<T> g = load(grad[d + j]);
+      part[j] += g * load(row[d + j]);
+      held[j] = store<T>(weight * g);
     }
-  for (int64_t i = 0; d < D; ++d, ++i) {
+    write_piece(out + d, held, stream);
+  }
+  for (int64_t j = 0; d < D; ++d, ++j) {
     const wide_t<T> g = load(grad[d]);
-    part[i] += g * load(row[d]);
+    part[j] += g * load(row[d]);
     out[d] = store<T>(weight * g);
   }
-  for (int64_t half = N / 2; half > 0; half /= 2)
+  for (int64_t half = at_once / 2; half > 0; half /= 2)
     for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
   return part[0];
 }
 
-#define TUTELX_SCALE_AND_DOT(T)                                                                                \
-  TUTELX_SIMD wide_t<T> scale_and_dot_simd(const T* grad, const T* row, wide_t<T> weight, T* out, int64_t D) { \
-    return scale_and_dot<T>(grad, row, weight, out, D);                                                        \
+#define TUTELX_SCALE_AND_DOT(T)                                                                                  \
+  TUTELX_SIMD wide_t<T> scale_and_dot_simd(const T* grad, const T* row, const T* next, wide_t<T> weight, T* out, \
+                                           int64_t D, bool stream) {                                             \
+    return scale_and_dot<T>(grad, row, next, weight, out, D, stream);                                            \
   }
 TUTELX_SCALE_AND_DOT(float)
 TUTELX_SCALE_AND_DOT(double)
@@ -90,15 +95,14 @@ std::tuple<at::Tensor, at::Tensor> decode_backward(const at::Tensor& grad_y, con
     const wide* w_ptr = w.const_data_ptr<wide>();
     wide* dw_ptr = dw.mutable_data_ptr<wide>();
     const Inverse inverse(to, from);
-    const bool stream = streams(R * D * static_cast<int64_t>(sizeof(scalar_t)));
+    const bool stream = streams_rows(R, D * static_cast<int64_t>(sizeof(scalar_t)));
     // By token, so that its gradient comes from memory once for all its rows; then the rows that no slot fills.
     parallel_ranges(T, rows_per_task(D * K * sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
-      std::vector<scalar_t> held(stream ? D : 0);
       std::fill(dw_ptr + begin * K, dw_ptr + end * K, wide(0));
       inverse.visit(begin, end, [&](int64_t t, int64_t slot, int64_t row) {
-        scalar_t* const out = out_ptr + row * D;
-        dw_ptr[slot] = scale_and_dot_simd(dy_ptr + t * D, in_ptr + row * D, w_ptr[slot], stream ? held.data() : out, D);
-        if (stream) stream_copy(out, held.data(), D * sizeof(scalar_t));
+        const int64_t after = slot + 1 < end * K ? inverse.row_of(slot + 1) : row;
+        dw_ptr[slot] = scale_and_dot_simd(dy_ptr + t * D, in_ptr + row * D, in_ptr + (after < 0 ? row : after) * D,
+                                          w_ptr[slot], out_ptr + row * D, D, stream);
       });
       if (stream) finish_streaming();
     });

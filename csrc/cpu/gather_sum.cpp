@@ -13,11 +13,24 @@ namespace {
 
 constexpr int64_t kAtOnce = 8;  // rows summed in one sweep over the output
 
-// out[d] = (add ? out[d] : 0) + sum_i weight[i] * row[i][d]. One sweep for each count of rows, so that the
-// compiler keeps the sum in a register and the output is written once.
+// out[d] = sum_i weight[i] * row[i][d]. One sweep for each count of rows, so that the compiler keeps the sum in a
+// register and the output is written once. Meanwhile the rows of `next` are asked for.
 template <int N, class T>
-TUTELX_INLINE void sum_rows(const T* const* row, const wide_t<T>* weight, T* __restrict out, int64_t D) {
-  for (int64_t d = 0; d < D; ++d) {
+TUTELX_INLINE void sum_rows(const T* const* row, const wide_t<T>* weight, const T* const* next, T* __restrict out,
+                            int64_t D, bool stream) {
+  constexpr int64_t at_once = kPiece / sizeof(T);
+  int64_t d = 0;
+  for (; d + at_once <= D; d += at_once) {
+    for (int i = 0; i < N; ++i) expect_piece(next[i] + d);
+    alignas(64) T held[at_once];
+    for (int64_t j = 0; j < at_once; ++j) {
+      wide_t<T> sum = weight[0] * load(row[0][d + j]);
+      for (int i = 1; i < N; ++i) sum += weight[i] * load(row[i][d + j]);
+      held[j] = store<T>(sum);
+    }
+    write_piece(out + d, held, stream);
+  }
+  for (; d < D; ++d) {
     wide_t<T> sum = weight[0] * load(row[0][d]);
     for (int i = 1; i < N; ++i) sum += weight[i] * load(row[i][d]);
     out[d] = store<T>(sum);
@@ -34,35 +47,35 @@ TUTELX_INLINE void sum_many(const T* const* row, const wide_t<T>* weight, int64_
 }
 
 template <class T>
-TUTELX_INLINE void sum_token(const T* const* row, const wide_t<T>* weight, int64_t n, wide_t<T>* wide, T* out,
-                             int64_t D) {
+TUTELX_INLINE void sum_token(const T* const* row, const wide_t<T>* weight, const T* const* next, int64_t n,
+                             wide_t<T>* wide, T* out, int64_t D, bool stream) {
   switch (n) {
     case 0:
       std::fill_n(out, D, store<T>(0));
       return;
     case 1:
-      sum_rows<1>(row, weight, out, D);
+      sum_rows<1>(row, weight, next, out, D, stream);
       return;
     case 2:
-      sum_rows<2>(row, weight, out, D);
+      sum_rows<2>(row, weight, next, out, D, stream);
       return;
     case 3:
-      sum_rows<3>(row, weight, out, D);
+      sum_rows<3>(row, weight, next, out, D, stream);
       return;
     case 4:
-      sum_rows<4>(row, weight, out, D);
+      sum_rows<4>(row, weight, next, out, D, stream);
       return;
     case 5:
-      sum_rows<5>(row, weight, out, D);
+      sum_rows<5>(row, weight, next, out, D, stream);
       return;
     case 6:
-      sum_rows<6>(row, weight, out, D);
+      sum_rows<6>(row, weight, next, out, D, stream);
       return;
     case 7:
-      sum_rows<7>(row, weight, out, D);
+      sum_rows<7>(row, weight, next, out, D, stream);
       return;
     case kAtOnce:
-      sum_rows<kAtOnce>(row, weight, out, D);
+      sum_rows<kAtOnce>(row, weight, next, out, D, stream);
       return;
     default:
       sum_many(row, weight, n, wide, out, D);
@@ -70,10 +83,10 @@ TUTELX_INLINE void sum_token(const T* const* row, const wide_t<T>* weight, int64
 }
 
 // Function multi-versioning does not reach templates, hence one plain function a type.
-#define TUTELX_SUM_TOKEN(T)                                                                                         \
-  TUTELX_SIMD void sum_token_simd(const T* const* row, const wide_t<T>* weight, int64_t n, wide_t<T>* wide, T* out, \
-                                  int64_t D) {                                                                      \
-    sum_token<T>(row, weight, n, wide, out, D);                                                                     \
+#define TUTELX_SUM_TOKEN(T)                                                                                      \
+  TUTELX_SIMD void sum_token_simd(const T* const* row, const wide_t<T>* weight, const T* const* next, int64_t n, \
+                                  wide_t<T>* wide, T* out, int64_t D, bool stream) {                             \
+    sum_token<T>(row, weight, next, n, wide, out, D, stream);                                                    \
   }
 TUTELX_SUM_TOKEN(float)
 TUTELX_SUM_TOKEN(double)
@@ -88,24 +101,24 @@ void run(const at::Tensor& rows, const at::Tensor& dest, const std::optional<at:
   const int32_t* to = dest.const_data_ptr<int32_t>();
   const wide_t<T>* w = weights ? weights->const_data_ptr<wide_t<T>>() : nullptr;
   T* y = out.mutable_data_ptr<T>();
-  const bool stream = streams(T_ * D * static_cast<int64_t>(sizeof(T)));
+  const bool stream = streams_rows(T_, D * static_cast<int64_t>(sizeof(T)));
   parallel_ranges(T_, rows_per_task(D * K * sizeof(T)), [&](int64_t begin, int64_t end) {
-    std::vector<const T*> row(K);
+    std::vector<const T*> row(K), next(K);
     std::vector<wide_t<T>> weight(K), wide(K > kAtOnce ? D : 0);
-    std::vector<T> held(stream ? D : 0);
     for (int64_t t = begin; t < end; ++t) {
-      for (int64_t slot = (t + 1) * K; t + 1 < end && slot < (t + 2) * K; ++slot)
-        if (to[slot] >= 0) expect(in + to[slot] * D, D * sizeof(T));
       int64_t n = 0;
       for (int64_t k = 0; k < K; ++k) {
         const int32_t r = to[t * K + k];
         TORCH_CHECK_VALUE(r < R, "dest[", t, ",", k, "]=", r, " is outside the ", R, " rows");
         if (r < 0) continue;
-        row[n] = in + r * D;
+        row[n] = next[n] = in + r * D;
         weight[n++] = w ? w[t * K + k] : wide_t<T>(1);
       }
-      sum_token_simd(row.data(), weight.data(), n, wide.data(), stream ? held.data() : y + t * D, D);
-      if (stream) stream_copy(y + t * D, held.data(), D * sizeof(T));
+      for (int64_t k = 0; k < n && t + 1 < end; ++k) {
+        const int32_t r = to[(t + 1) * K + k];
+        if (r >= 0 && r < R) next[k] = in + r * D;
+      }
+      sum_token_simd(row.data(), weight.data(), next.data(), n, wide.data(), y + t * D, D, stream);
     }
     if (stream) finish_streaming();
   });

@@ -39,6 +39,9 @@ class Inverse {
     kept_ += kept;
   }
 
+  // The slot's row, or -1 if it has none or one that `visit` will refuse.
+  int64_t row_of(int64_t slot) const { return dest_[slot] < rows_ ? dest_[slot] : -1; }
+
   // Zeroes the rows that no slot fills, once all tokens were visited.
   void zero_empty(char* rows, int64_t row_bytes) const {
     // Counting takes microseconds, as much as waking a second thread; most maps have no empty row.

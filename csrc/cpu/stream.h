@@ -1,12 +1,11 @@
 // Writing rows past the cache. A plain store first reads the line it overwrites; where a result is larger than the
 // cache, that read is a third of all traffic.
 #pragma once
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
+#include "cache.h"
 #include "parallel.h"
 
 #if defined(__x86_64__)
@@ -17,14 +16,8 @@ namespace tutelx {
 
 // Whether a result of so many bytes is written past the cache: one that fits is better left there for its reader.
 inline bool streams(int64_t bytes) {
-  static const int64_t cache = [] {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    const int64_t size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (size > 0) return size;
-#endif
-    return int64_t{32} << 20;
-  }();
-  return bytes > cache / 2;
+  static const int64_t cache = last_level_cache();
+  return bytes > cache / 4;
 }
 
 #if defined(__x86_64__)
@@ -70,12 +63,30 @@ inline void finish_streaming() {
 #endif
 }
 
-// Asks for the beginning of a row that is read next: rows come in any order, and what costs is to find their page. The
-// hardware then follows by itself.
-inline void expect(const void* row, int64_t bytes) {
-  constexpr int64_t beginning = 512;
-  const char* const line = static_cast<const char*>(row);
-  for (int64_t i = 0; i < std::min(bytes, beginning); i += 64) __builtin_prefetch(line + i);
+// Rows that are computed go by pieces of so many bytes: the next row is asked for while this one is computed. Rows come
+// in any order, so the hardware cannot know which one is next.
+constexpr int64_t kPiece = 256, kLine = 64;
+
+TUTELX_INLINE void expect_piece(const void* piece) {
+  for (int64_t i = 0; i < kPiece; i += kLine) __builtin_prefetch(static_cast<const char*>(piece) + i);
+}
+
+// stream: past the cache; `to` must then begin at a line.
+TUTELX_INLINE void write_piece(void* __restrict to, const void* __restrict from, bool stream) {
+#if defined(__x86_64__)
+  if (stream) {
+    for (int64_t i = 0; i < kPiece; i += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + i),
+                       _mm_load_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + i)));
+    return;
+  }
+#endif
+  std::memcpy(to, from, kPiece);
+}
+
+// Whether a result of such rows, which begins at a line, is written past the cache piece by piece.
+inline bool streams_rows(int64_t rows, int64_t row_bytes) {
+  return row_bytes % kLine == 0 && streams(rows * row_bytes);
 }
 
 }  // namespace tutelx
