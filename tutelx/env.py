@@ -74,3 +74,30 @@ def planner() -> str:
     if value not in ("lookup", "online", "rules"):
         raise InvalidValueError(f"TUTELX_PLANNER={value!r} is none of 'lookup', 'online', 'rules'")
     return value
+
+
+def default_capacity_factor() -> float:
+    """CAP_FACTOR: the capacity factor of a gate in a Tutel script that gives none; 1.0 if unset.
+
+    Raises:
+        InvalidValueError: it is no number.
+    """
+    text = os.environ.get("CAP_FACTOR", "1.0")
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidValueError(f"CAP_FACTOR={text!r} is no number") from None
+
+
+def is_batch_prioritized() -> bool:
+    """BATCH_PRIO=1: layers of a Tutel script route by priority, whatever the script says."""
+    return _is_on("BATCH_PRIO")
+
+
+def skips_moe() -> bool:
+    """SKIP_MOE=1: layers of a Tutel script give back their input, to time what is around them."""
+    return _is_on("SKIP_MOE")
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")

@@ -127,7 +127,10 @@ def slice_groups(mesh: Mesh, slices: int) -> tuple[dist.ProcessGroup, dist.Proce
 
 @dataclass(frozen=True, kw_only=True)
 class OwnTensor(Shard):
-    """A parameter that no other rank has a part of: that of somebody's own expert module."""
+    """A parameter that is nobody else's to put together: that of somebody's own expert module."""
+
+    def __post_init__(self) -> None:
+        pass
 
     @property
     def index(self) -> tuple[slice, ...]:
