@@ -32,12 +32,7 @@ def local_world_size() -> int | None:
     Raises:
         InvalidValueError: it is no positive integer.
     """
-    value = os.environ.get("LOCAL_WORLD_SIZE")
-    if value is None:
-        return None
-    if not value.isdecimal() or int(value) < 1:
-        raise InvalidValueError(f"LOCAL_WORLD_SIZE={value!r} is no positive integer")
-    return int(value)
+    return _integer("LOCAL_WORLD_SIZE", least=1)
 
 
 def buffer_bytes() -> int | None:
@@ -101,3 +96,83 @@ def skips_moe() -> bool:
 
 def _is_on(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
+
+
+# What scripts and job files for Tutel set.
+
+
+def local_size() -> int | None:
+    """LOCAL_SIZE: the ranks on each host, for `mpiexec -x LOCAL_SIZE=8`; None if unset.
+
+    Raises:
+        InvalidValueError: it is no positive integer. So do the functions below for theirs.
+    """
+    return _integer("LOCAL_SIZE", least=1)
+
+
+def mpi_place() -> tuple[int, int, int] | None:
+    """OMPI_COMM_WORLD_RANK, _SIZE and _LOCAL_RANK, as Open MPI sets them; None where it did not start this."""
+    world = _integer("OMPI_COMM_WORLD_SIZE", least=1)
+    if world is None:
+        return None
+    return _integer("OMPI_COMM_WORLD_RANK") or 0, world, _integer("OMPI_COMM_WORLD_LOCAL_RANK") or 0
+
+
+def launched_ranks() -> int:
+    """WORLD_SIZE, 1 if unset."""
+    return _integer("WORLD_SIZE", least=1) or 1
+
+
+def is_torchrun() -> bool:
+    """LOCAL_RANK is set: torchrun started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def master() -> tuple[str | None, int | None]:
+    """MASTER_ADDR and MASTER_PORT: where ranks meet."""
+    return os.environ.get("MASTER_ADDR"), _integer("MASTER_PORT", least=1)
+
+
+def group_timeout() -> int | None:
+    """TUTEL_GLOBAL_TIMEOUT_SEC: seconds after which a rank gives up waiting for another; None if unset."""
+    return _integer("TUTEL_GLOBAL_TIMEOUT_SEC", least=1)
+
+
+def numa_type() -> int:
+    """NUMA_TYPE: how many neighbouring ranks share a NUMA node, 1 if unset; 0 or less leaves the affinity alone."""
+    if os.environ.get("NUMA_TYPE", "").startswith("-"):
+        return 0
+    found = _integer("NUMA_TYPE")
+    return 1 if found is None else found
+
+
+def cuda_sandbox() -> int:
+    """TUTEL_CUDA_SANDBOX: 1 once the launcher has bound this process, 2 asks it to show each rank one GPU; else 0."""
+    return _integer("TUTEL_CUDA_SANDBOX") or 0
+
+
+def default_threads(number: int) -> None:
+    """Sets OMP_NUM_THREADS for this process's children, unless the user did."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(number))
+
+
+def enter_sandbox(local_rank: int) -> None:
+    """Marks this process's successor as bound, or shows it only its GPU of those in CUDA_VISIBLE_DEVICES."""
+    if cuda_sandbox() != 2:
+        os.environ["TUTEL_CUDA_SANDBOX"] = "1"
+        return
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = [str(local_rank)] if listed is None else [each.strip() for each in listed.split(",")]
+    if listed is not None and local_rank >= len(visible):
+        raise InvalidValueError(f"LOCAL_RANK={local_rank}, but CUDA_VISIBLE_DEVICES={listed!r} has {len(visible)}")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[0 if listed is None else local_rank]
+
+
+def _integer(name: str, least: int = 0) -> int | None:
+    value = os.environ.get(name)
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdecimal()) or int(value) < least:
+        kind = "no positive integer" if least else "no whole number"
+        raise InvalidValueError(f"{name}={value!r} is {kind}")
+    return int(value)

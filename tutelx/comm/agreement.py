@@ -117,6 +117,32 @@ def agree_on_size(mesh: Mesh, tokens: int, device: torch.device) -> None:
     _compare(_gather(mesh, header, device), header)
 
 
+def agree_on_tensor(mesh: Mesh, call: str, how: str, tensor: torch.Tensor, *, same_size: bool = True) -> int:
+    """Makes sure that all ranks make one call with a tensor of one dtype and, unless the call takes different ones, one
+    shape; raises as :func:`agree` does.
+
+    how: what else must be equal, such as the operation of a reduction.
+
+    Returns:
+        The number of the call, the same on all ranks.
+    """
+    values: dict[str, Value] = {
+        "call": call,
+        "how": how,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "device": tensor.device.type,
+        "elements": tensor.numel() if same_size else None,
+        "shape": str(tuple(tensor.shape)) if same_size else None,
+    }
+    header = _header_of(values, 3)
+    number = torch.tensor([number_of_calls(mesh) + 1])
+    table = _gather(mesh, torch.cat([header, number]), tensor.device)
+    _compare(table, header)
+    most = int(table[:, len(header)].max())
+    count_calls(mesh, most)
+    return most
+
+
 def agree_on_plan(mesh: Mesh, plan: Plan, device: torch.device) -> None:
     """Makes sure that all ranks run the same plan; raises as :func:`agree` does."""
     header = _header(plan)
@@ -193,6 +219,7 @@ def _values(of: Terms | Plan) -> dict[str, Value]:
 
 _PLAN_NAMES = [f"plan.{f.name}" for f in fields(Plan)]
 _TERM_NAMES = [*(f.name for f in fields(Terms) if f.name != "plan"), *_PLAN_NAMES]
+_TENSOR_NAMES = ["call", "how", "dtype", "device", "elements", "shape"]
 _HEADER_WORDS = 2 + _WORDS * len(_TERM_NAMES)
 _OWN = 6  # numbers that may differ from rank to rank
 _CAPACITY = _HEADER_WORDS + _OWN + _EAGER
@@ -209,7 +236,7 @@ def _encode(value: Value) -> list[int]:
 
 
 def _decode(words: list[int]) -> dict[str, Value]:
-    names = (_TERM_NAMES, _PLAN_NAMES, ["tokens"])[words[1]]
+    names = (_TERM_NAMES, _PLAN_NAMES, ["tokens"], _TENSOR_NAMES)[words[1]]
     values: dict[str, Value] = {}
     for i, name in enumerate(names):
         kind, *data = words[2 + i * _WORDS : 2 + (i + 1) * _WORDS]
