@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from tutelx.errors import InvalidTypeError, InvalidValueError, ParityError
+from tutelx.integrations import libraries
 from tutelx.integrations.parity import GRADIENT_TOLERANCE, TOLERANCE, gradients, largest_error, relative_error
 from tutelx.integrations.recognise import is_candidate, recognise
-from tutelx.integrations.replacement import WrappedMoE
+from tutelx.integrations.replacement import Replacement, WrappedMoE
 from tutelx.integrations.sandbox import Sandbox
-from tutelx.integrations.spec import Declined, ExpertsSpec, LayerSpec
+from tutelx.integrations.spec import Declined, ExpertsSpec, LayerSpec, LibrarySpec
 from tutelx.layer import MoEBase
 from tutelx.types import Capacity, Planner
 
@@ -32,6 +33,8 @@ __all__ = ["WrapReport", "WrappedMoE", "explain", "unwrap", "wrap"]
 
 _log = logging.getLogger("tutelx")
 _VERIFY_TOKENS = 64
+
+AnySpec = LayerSpec | LibrarySpec | ExpertsSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class WrapReport:
 
     name: str
     kind: str
-    spec: LayerSpec | ExpertsSpec | None = None
+    spec: AnySpec | None = None
     attribute: str | None = None
     reason: str = ""
     already: bool = False
@@ -129,6 +132,12 @@ def wrap(
                 _verify_experts(layer, report.spec, report)
             switched.append((layer, report.spec))
             continue
+        if isinstance(report.spec, LibrarySpec):
+            library = libraries.replace(layer, report.spec, capacity=capacity, planner=planner)
+            if verify and (reason := libraries.mismatch(layer, library, rows=_VERIFY_TOKENS)):
+                raise ParityError(f"{report.name or 'the module itself'} ({report.kind}): it {reason}")
+            replacements[layer] = library
+            continue
         wrapped = WrappedMoE(layer, report.spec, capacity=capacity, planner=planner)
         if verify:
             _verify(layer, wrapped, report)
@@ -152,7 +161,7 @@ def unwrap(module: nn.Module) -> nn.Module:
     _check_module(module)
     originals: dict[nn.Module, nn.Module] = {}
     for wrapped in module.modules():
-        if isinstance(wrapped, WrappedMoE):
+        if isinstance(wrapped, Replacement):
             wrapped.original.training = wrapped.training
             originals[wrapped] = wrapped.original
         elif _is_transformers_loaded():
@@ -166,7 +175,8 @@ def _examine_all(module: nn.Module) -> list[tuple[nn.Module, WrapReport]]:
     inside: set[nn.Module] = set()
     for name, layer in module.named_modules():
         kind = type(layer).__name__
-        if isinstance(layer, WrappedMoE):
+        if isinstance(layer, Replacement):
+            inside.update(layer.modules())
             kind = type(layer.original).__name__
             examined.append((layer, WrapReport(name=name, kind=kind, spec=layer.spec, already=True)))
         elif layer in inside or isinstance(layer, MoEBase):
@@ -175,13 +185,20 @@ def _examine_all(module: nn.Module) -> list[tuple[nn.Module, WrapReport]]:
             inside.update(layer.modules())
             already = _transformers("registry").is_on(layer)
             examined.append((layer, _report(name, layer, _transformers("recognise").recognise, already=already)))
+        elif libraries.is_candidate(layer):
+            inside.update(layer.modules())
+            examined.append((layer, _report(name, layer, libraries.recognise)))
         elif is_candidate(layer):
             examined.append((layer, _report(name, layer, recognise)))
     return examined
 
 
 def _report(
-    name: str, layer: nn.Module, find: Callable[[nn.Module], LayerSpec | ExpertsSpec], *, already: bool = False
+    name: str,
+    layer: nn.Module,
+    find: Callable[[nn.Module], AnySpec],
+    *,
+    already: bool = False,
 ) -> WrapReport:
     kind = type(layer).__name__
     try:
@@ -199,10 +216,10 @@ def _transformers(name: str) -> ModuleType:
     return importlib.import_module(f"tutelx.integrations.transformers.{name}")
 
 
-def _replace(module: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
-            if child in replacements:
+            if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
     return replacements.get(module, module)
 

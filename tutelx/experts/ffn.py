@@ -10,8 +10,9 @@ from torch import nn
 
 from tutelx import ops
 from tutelx.experts.base import Experts
+from tutelx.experts.network import run_network
 from tutelx.ops.activation import Activation, check_activation
-from tutelx.ops.expert_products import expert_products, groupable
+from tutelx.ops.expert_products import groupable
 from tutelx.types import DispatchMap, ExpertKernel, Plan
 
 if TYPE_CHECKING:
@@ -112,17 +113,7 @@ class FeedForwardExperts(Experts):
         return (*self.expert_kernels, "grouped") if grouped else self.expert_kernels
 
     def forward(self, rows: torch.Tensor, map: DispatchMap, plan: Plan) -> torch.Tensor:
-        weights = self.weights().to(rows.dtype)
-        if plan.expert_kernel == "tiled" and rows.device.type == "cpu":
-            return ops.expert_ffn(
-                rows,
-                map,
-                weights,
-                activation=self.activation,
-                tile_rows=plan.tile_rows,
-                tile_columns=plan.tile_columns,
-            )
-        return expert_products(rows, map, weights, kernel=plan.expert_kernel, activation=self.activation)
+        return run_network(rows, map, self.weights(), plan, activation=self.activation)
 
     def across(self, rows: torch.Tensor, call: RankCall, plan: Plan) -> torch.Tensor:
         from tutelx.comm.pipeline import run_ffn

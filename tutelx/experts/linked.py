@@ -9,8 +9,9 @@ from torch import nn
 
 from tutelx import ops
 from tutelx.experts.custom import call_each
+from tutelx.experts.network import run_network
 from tutelx.ops.activation import Activation
-from tutelx.ops.expert_products import expert_products, groupable
+from tutelx.ops.expert_products import groupable
 from tutelx.types import DispatchMap, ExpertKernel, Layout, Plan
 
 Path = tuple[str, ...]
@@ -81,25 +82,8 @@ class LinkedExperts:
         weights = self.weights()
         if weights is None:
             return call_each(self.modules, rows, map, skip_empty=not self.zero_unused)
-        weights = weights.to(rows.dtype)
-        if plan.expert_kernel != "tiled" or rows.device.type != "cpu":
-            return expert_products(
-                rows,
-                map,
-                weights,
-                kernel=plan.expert_kernel,
-                activation=self.formula.activation,
-                zero_unused=self.zero_unused,
-            )
-        return ops.expert_ffn(
-            rows,
-            map,
-            weights,
-            activation=self.formula.activation,
-            tile_rows=plan.tile_rows,
-            tile_columns=plan.tile_columns,
-            zero_unused=self.zero_unused,
-        )
+        activation, zero_unused = self.formula.activation, self.zero_unused
+        return run_network(rows, map, weights, plan, activation=activation, zero_unused=zero_unused)
 
     def weights(self) -> ops.ExpertWeights | None:
         """What the modules hold now; None if one of them no longer is what the formula says."""
@@ -114,13 +98,13 @@ class LinkedExperts:
             slots.append((path, found.setdefault(role, []), bias))
         # Look-ups in the modules' own dictionaries: `module.weight` costs several times as much, and E * 3 add up.
         for expert in self.modules._modules.values():
-            if type(expert) is not formula.kind or _intercepted(expert):
+            if type(expert) is not formula.kind or intercepted(expert):
                 return None
             for path, weights, biases in slots:
                 linear: nn.Module | None = expert
                 for name in path:
                     linear = linear._modules.get(name)  # type: ignore[union-attr]
-                if type(linear) is not nn.Linear or _intercepted(linear):
+                if type(linear) is not nn.Linear or intercepted(linear):
                     return None
                 parameters = linear._parameters
                 if (parameters["bias"] is None) != (biases is None):
@@ -131,7 +115,7 @@ class LinkedExperts:
         return ops.ExpertWeights(**{role: tuple(tensors) for role, tensors in found.items()})
 
 
-def _intercepted(module: nn.Module) -> bool:
+def intercepted(module: nn.Module) -> bool:
     """Calling the module does more than its class says."""
     state = module.__dict__
     return bool(

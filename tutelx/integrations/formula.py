@@ -18,6 +18,12 @@ from tutelx.integrations.spec import Declined
 from tutelx.ops.activation import Activation
 
 _TOKENS = 4
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda value: F.gelu(value, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 def find_formula(expert: nn.Module, model_dim: int, path: str) -> ExpertFormula:
@@ -54,6 +60,21 @@ def find_formula(expert: nn.Module, model_dim: int, path: str) -> ExpertFormula:
         else:
             return best
     raise Declined(path, reasons[-1])
+
+
+def find_activation(function: Callable[[torch.Tensor], torch.Tensor], path: str) -> Activation:
+    """Which of the compiled activations the function is, by its values.
+
+    Raises:
+        Declined: none of them.
+    """
+    x = torch.linspace(-4, 4, 65, dtype=torch.float64)
+    with torch.no_grad():
+        theirs = function(x.clone())
+    for kind in get_args(Activation):
+        if isinstance(theirs, torch.Tensor) and relative_error(_ACTIVATIONS[kind](x), theirs) <= 1e-9:
+            return kind
+    raise Declined(path, f"is none of the activations {', '.join(get_args(Activation))}")
 
 
 def apply_formula(expert: nn.Module, formula: ExpertFormula, x: torch.Tensor) -> torch.Tensor:
@@ -107,13 +128,7 @@ def _evaluate(formula: ExpertFormula, weights: Mapping[str, torch.Tensor], x: to
         name = ".".join(path)
         return F.linear(value, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
-    activations: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "silu": F.silu,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda value: F.gelu(value, approximate="tanh"),
-        "relu": F.relu,
-    }
-    act = activations[formula.activation]
+    act = _ACTIVATIONS[formula.activation]
     up = linear(formula.up, x)
     hidden = act(up) if formula.gate is None else act(linear(formula.gate, x)) * up
     return linear(formula.down, hidden)

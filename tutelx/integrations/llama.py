@@ -73,7 +73,7 @@ def find_parts(layer: nn.Module) -> Parts:
     for name, module in ((router_name, router), (experts_name, experts)):
         _check_own_state(module, name)
     _check_experts(experts, experts_name)
-    dtype, device = _dtype_and_device(layer)
+    dtype, device = dtype_and_device(layer)
     return Parts(
         router=router_name,
         experts=experts_name,
@@ -132,26 +132,27 @@ def _router(layer: nn.Module, experts_name: str, num_experts: int) -> str:
 
 def _check_own_state(module: nn.Module, path: str) -> None:
     """The module may hold neither numbers (but for those of a Linear) nor changes to how it is called or saved."""
-
-    def at(name: str) -> str:
-        return f"{path}.{name}" if path else name
-
     placed = ("weight", "bias") if isinstance(module, nn.Linear) else ()
     for kind, held in (("parameter", module._parameters), ("buffer", module._buffers)):
         for name, tensor in held.items():
             if tensor is not None and not (kind == "parameter" and name in placed):
-                shape = tuple(tensor.shape)
-                raise Declined(at(name), f"is a {kind} of shape {shape}, which has no place in a plain MoE layer")
+                what = f"is a {kind} of shape {tuple(tensor.shape)}"
+                raise Declined(_join(path, name), f"{what}, which has no place in a plain MoE layer")
+    check_hooks(module, path)
+
+
+def check_hooks(module: nn.Module, path: str) -> None:
+    """The module may hold no changes to how it is called or saved. Raises Declined."""
     for hooks in _HOOKS:
         if getattr(module, hooks, None):
-            raise Declined(at(hooks), f"holds hooks of {type(module).__name__}, which would no longer run")
+            raise Declined(_join(path, hooks), f"holds hooks of {type(module).__name__}, which would no longer run")
     for name in ("forward", "__call__"):
         if name in vars(module):
-            raise Declined(at(name), "is replaced on this very object")
+            raise Declined(_join(path, name), "is replaced on this very object")
     for name in ("get_extra_state", "state_dict", "_save_to_state_dict", "_load_from_state_dict"):
         own = getattr(type(module), name)
         if own is not getattr(nn.Linear if isinstance(module, nn.Linear) else nn.Module, name):
-            raise Declined(at(name), "is overridden: the checkpoint would not stay the same")
+            raise Declined(_join(path, name), "is overridden: the checkpoint would not stay the same")
 
 
 def _check_experts(experts: nn.ModuleList, path: str) -> None:
@@ -177,7 +178,12 @@ def _check_experts(experts: nn.ModuleList, path: str) -> None:
                 check_stateless(module, here)
 
 
-def _dtype_and_device(layer: nn.Module) -> tuple[torch.dtype, torch.device]:
+def dtype_and_device(layer: nn.Module, *, mixed: bool = False) -> tuple[torch.dtype, torch.device]:
+    """Those of the first parameter, which all others share, but for the dtype if `mixed`.
+
+    Raises:
+        Declined: they do not, or nothing can be computed with them.
+    """
     named = list(layer.named_parameters())
     first_name, first = named[0]
     for name, parameter in named:
@@ -187,13 +193,17 @@ def _dtype_and_device(layer: nn.Module) -> tuple[torch.dtype, torch.device]:
             ("on", parameter.device, first.device),
             ("of", parameter.dtype, first.dtype),
         ):
-            if own != other:
+            if own != other and not (mixed and what == "of"):
                 raise Declined(name, f"is {what} {own}, `{first_name}` is {what} {other}")
     if first.device.type == "meta":
         raise Declined(first_name, "is on the meta device, so nothing can be computed with it")
     if first.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise Declined(first_name, f"is of {first.dtype}, which no kernel computes in")
     return first.dtype, first.device
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _input_name(layer: nn.Module) -> str:

@@ -9,24 +9,29 @@ from torch import nn
 
 from tutelx.errors import InvalidTypeError
 from tutelx.experts.linked import LinkedExperts
-from tutelx.integrations.spec import LayerSpec
+from tutelx.integrations.spec import LayerSpec, LibrarySpec
 from tutelx.layer import MoEBase
 from tutelx.types import Capacity, Plan, Planner, Routing
 
 
-class WrappedMoE(MoEBase):
-    """Runs the children of `original` in its place; :func:`tutelx.unwrap` puts it back.
+class Replacement(MoEBase):
+    """Stands in the place of `original`; :func:`tutelx.unwrap` puts it back.
 
-    The two share one dictionary of children, so parameters, buffers and state-dict keys are the same, whatever is
-    exchanged later. Attributes and methods that are not found here are those of `original`.
+    The two share one dictionary of children, and those of parameters and buffers, so state-dict keys are the same,
+    whatever is exchanged later. Attributes and methods that are not found here are those of `original`.
     """
 
-    def __init__(self, original: nn.Module, spec: LayerSpec, *, capacity: Capacity, planner: Planner | None) -> None:
+    spec: Any
+
+    def __init__(
+        self, original: nn.Module, spec: LayerSpec | LibrarySpec, *, capacity: Capacity, planner: Planner | None
+    ) -> None:
         super().__init__(model_dim=spec.model_dim, num_experts=spec.num_experts, capacity=capacity, planner=planner)
         self.spec = spec
         self.training = original.training
         state = self.__dict__
-        state["_modules"] = original._modules
+        for held in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            state[held] = original.__dict__[held]
         # Not registered: a child's parameters would appear twice.
         state["_original"] = original
 
@@ -34,6 +39,34 @@ class WrappedMoE(MoEBase):
     def original(self) -> nn.Module:
         """The layer that this one replaces."""
         return self.__dict__["_original"]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("_original")
+            if original is None:  # while being unpickled
+                raise
+            return getattr(original, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The numbers were found with the value it had: taking another one silently would be a wrong answer.
+        original = self.__dict__.get("_original")
+        if original is not None and name in vars(original) and name not in self.__dict__:
+            raise AttributeError(
+                f"{name!r} belongs to the wrapped {type(original).__name__}: unwrap it, set {name!r} to {value!r} and"
+                " wrap again, or pass top_k, capacity or plan with the call"
+            )
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        return f"{type(self.original).__name__}: {self.spec}, capacity={self.capacity}"
+
+
+class WrappedMoE(Replacement):
+    """A router and a list of experts, as people write them by hand."""
+
+    spec: LayerSpec
 
     def forward(
         self,
@@ -79,25 +112,3 @@ class WrappedMoE(MoEBase):
         if spec.returns == "with_batched_logits":
             return y, logits_TE.reshape(*x.shape[:-1], logits_TE.shape[1])
         return y, logits_TE
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            original = self.__dict__.get("_original")
-            if original is None:  # while being unpickled
-                raise
-            return getattr(original, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # The numbers were found with the value it had: taking another one silently would be a wrong answer.
-        original = self.__dict__.get("_original")
-        if original is not None and name in vars(original) and name not in self.__dict__:
-            raise AttributeError(
-                f"{name!r} belongs to the wrapped {type(original).__name__}: unwrap it, set {name!r} to {value!r} and"
-                " wrap again, or pass top_k, capacity or plan with the call"
-            )
-        super().__setattr__(name, value)
-
-    def extra_repr(self) -> str:
-        return f"{type(self.original).__name__}: {self.spec}, capacity={self.capacity}"

@@ -8,6 +8,7 @@ from typing import Literal
 
 from tutelx.experts.linked import ExpertFormula
 from tutelx.integrations.rule import TopKRule
+from tutelx.ops.activation import Activation
 
 Returns = Literal["tensor", "with_logits", "with_batched_logits"]
 
@@ -56,6 +57,31 @@ class LayerSpec:
 
     def __str__(self) -> str:
         return f"{self.num_experts} experts {self.formula}, {self.rule}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibrarySpec:
+    """What the experts of another library's layer compute, where the library's own gate goes on choosing.
+
+    library: the name of the file that knows it.
+    formula: of experts that are a list of modules; None if they are no such list, or are called one by one.
+    network: what each expert computes, for people.
+    activation: of stacked weights; None where `formula` says it, or nothing needs to.
+    top_k: the most experts a token; 0 if the gate says so in each call.
+    keeps_dtype: under autocast the output has the dtype of the input, not that of the products.
+    """
+
+    library: str
+    model_dim: int
+    num_experts: int
+    network: str
+    formula: ExpertFormula | None = None
+    activation: Activation | None = None
+    top_k: int = 0
+    keeps_dtype: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.num_experts} experts {self.network}, routed by the gate of {self.library}"
 
 
 @dataclass(frozen=True, kw_only=True)
