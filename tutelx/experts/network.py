@@ -49,6 +49,11 @@ class StackedExperts:
     def hidden_dim(self) -> int:
         return self.weights.up[0].shape[-2]
 
+    @property
+    def numbers(self) -> int:
+        """Parameters of one expert."""
+        return sum(weight[0].numel() for (weight,) in filter(None, self.weights.lists()))
+
     def kernels_for(self, x: torch.Tensor) -> tuple[ExpertKernel, ...]:
         num_experts, hidden_dim, model_dim = self.weights.up[0].shape
         grouped = groupable(num_experts, model_dim, hidden_dim, x.dtype, x.device)

@@ -113,6 +113,11 @@ class _GegluExperts:
     def hidden_dim(self) -> int:
         return self.lasts[0].in_features
 
+    @property
+    def numbers(self) -> int:
+        """Parameters of one expert."""
+        return sum(p.numel() for module in (self.firsts[0], self.gates[0], self.lasts[0]) for p in module.parameters())
+
     def kernels_for(self, x: torch.Tensor) -> tuple[ExpertKernel, ...]:
         return self.expert_kernels
 
