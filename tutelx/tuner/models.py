@@ -12,7 +12,7 @@ from torch import nn
 
 from tutelx.errors import InvalidValueError
 from tutelx.experts import FeedForwardExperts
-from tutelx.integrations.spec import ExpertsSpec, LayerSpec
+from tutelx.integrations.spec import ExpertsSpec, LayerSpec, LibrarySpec
 from tutelx.layer import MoE
 from tutelx.tuner.shapes import DTYPES, Kind, Shape
 from tutelx.wrapping import explain
@@ -72,9 +72,11 @@ def _of_layer(layer: MoE) -> Shape | None:
     )
 
 
-def _of_spec(spec: LayerSpec | ExpertsSpec, layer: nn.Module) -> Shape:
-    if isinstance(spec, LayerSpec):
+def _of_spec(spec: LayerSpec | LibrarySpec | ExpertsSpec, layer: nn.Module) -> Shape | None:
+    if not isinstance(spec, ExpertsSpec):
         formula = spec.formula
+        if formula is None:
+            return None
         gated, bias, hidden_dim = formula.gate is not None, bool(formula.biased), formula.hidden_dim
     else:
         gated, bias, hidden_dim = spec.gated, spec.bias, spec.hidden_dim
