@@ -37,8 +37,9 @@ def layer(
     """
     scores = F.softmax(logits, dim=1)
     tokens, num_experts = scores.shape
-    chosen = [sorted(range(num_experts), key=lambda e: (-float(scores[t, e]), e))[:top_k] for t in range(tokens)]
-    order = sorted(range(tokens), key=lambda t: -float(scores[t].max())) if by_priority else list(range(tokens))
+    values = scores.tolist()
+    chosen = [sorted(range(num_experts), key=lambda e: (-values[t][e], e))[:top_k] for t in range(tokens)]
+    order = sorted(range(tokens), key=lambda t: -max(values[t])) if by_priority else list(range(tokens))
     used = [0] * num_experts
     y = [torch.zeros(()) for _ in range(tokens)]
     for choice in range(top_k):

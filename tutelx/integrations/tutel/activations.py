@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
@@ -18,13 +19,11 @@ _FUNCTIONS: dict[Any, Activation] = {
     F.silu: "silu",
     F.gelu: "gelu",
 }
-# The code of functions that do nothing but call one other on their argument; only the names differ.
-_CALLS: tuple[CodeType, ...] = (
-    (lambda x: f(x)).__code__,  # type: ignore[name-defined]  # noqa: F821
-    (lambda x: a.f(x)).__code__,  # type: ignore[name-defined]  # noqa: F821
-    (lambda x: a.b.f(x)).__code__,  # type: ignore[name-defined]  # noqa: F821
-    (lambda x: a.b.c.f(x)).__code__,  # type: ignore[name-defined]  # noqa: F821
-)
+# What else stands in the code of a call, by Python version.
+_SILENT = ("RESUME", "PRECALL", "PUSH_NULL", "CACHE", "NOP")
+_LOAD_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
+_LOAD_ARGUMENT = ("LOAD_FAST", "LOAD_FAST_BORROW")
+_CALL = ("CALL", "CALL_FUNCTION", "CALL_METHOD")
 
 
 def known_activation(function: object) -> Activation | None:
@@ -45,13 +44,20 @@ def known_activation(function: object) -> Activation | None:
 def _only_calls(function: Callable) -> object:
     """What `lambda x: name.of.it(x)` calls; the function itself if it does anything else."""
     code: CodeType = function.__code__  # type: ignore[attr-defined]
-    if code.co_argcount != 1 or code.co_kwonlyargcount or code.co_freevars:
+    if code.co_argcount != 1 or code.co_kwonlyargcount:
         return function
-    for template in _CALLS:
-        if code.co_code == template.co_code and len(code.co_names) == len(template.co_names):
-            first, *rest = code.co_names
-            found = function.__globals__.get(first)  # type: ignore[attr-defined]
-            for name in rest:
-                found = getattr(found, name, None)
-            return found
-    return function
+    steps = [each for each in dis.get_instructions(code) if each.opname not in _SILENT]
+    if len(steps) < 4 or steps[0].opname != "LOAD_GLOBAL":
+        return function
+    *attributes, argument, call, end = steps[1:]
+    if (
+        any(each.opname not in _LOAD_ATTRIBUTE for each in attributes)
+        or argument.opname not in _LOAD_ARGUMENT
+        or (call.opname, call.arg) not in [(name, 1) for name in _CALL]
+        or end.opname != "RETURN_VALUE"
+    ):
+        return function
+    found = function.__globals__.get(steps[0].argval)  # type: ignore[attr-defined]
+    for each in attributes:
+        found = getattr(found, each.argval, None)
+    return found

@@ -65,7 +65,7 @@ class BuiltIn(Experts):
 
     def forward(self, rows: torch.Tensor, map: DispatchMap, plan: Plan) -> torch.Tensor:
         if self._kind is None:
-            return self.product(batched(rows, map), *_cast(self.whole(), rows)).reshape(rows.shape[0], -1)
+            return self.product(batched(rows, map), *_cast(self.whole(), rows)).reshape(rows.shape[0], self.out_dim)
         weights = self.weights().to(rows.dtype)
         if plan.expert_kernel == "tiled" and rows.device.type == "cpu":
             return ops.expert_ffn(
@@ -88,7 +88,7 @@ class BuiltIn(Experts):
         parameters = [w for w in gathered if w is not None and w.requires_grad]
 
         def compute(arrived: torch.Tensor, map: DispatchMap) -> torch.Tensor:
-            return self.product(batched(arrived, map), *gathered).reshape(arrived.shape[0], -1)
+            return self.product(batched(arrived, map), *gathered).reshape(arrived.shape[0], self.out_dim)
 
         return run_resized(call, rows, compute, parameters, plan, out_dim=self.out_dim)
 
