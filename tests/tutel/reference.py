@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 
 def rows_allowed(factor: float, tokens: int, top_k: int, num_experts: int, alignment: int = 1) -> int:
-    """K * floor(f * ceil(T/E)), up to the next multiple of the alignment."""
+    """K * floor(f * ceil(T/E)), or where that is 0 ceil(f*K*T/E), up to the next multiple of the alignment."""
     allowed = top_k * math.floor(abs(factor) * math.ceil(tokens / num_experts))
+    allowed = allowed or math.ceil(abs(factor) * top_k * tokens / num_experts)
     while allowed % alignment:
         allowed += 1
     return allowed

@@ -200,6 +200,8 @@ class FusedExpertsNetwork(BuiltIn):
         )
         if bias2 is not None:  # the rest of it is added by other ranks
             begin = 0 if degree == 0 else rank % placement.slices // size * bias2.shape[1]
+            bias2 = bias2[:, : max(0, self.out_dim - begin)]
+            begin = min(begin, self.out_dim)
             bias2 = F.pad(bias2, (begin, self.out_dim - begin - bias2.shape[1]))
         return fc1, fc2, bias1, bias2
 
