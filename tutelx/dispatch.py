@@ -15,6 +15,7 @@ from tutelx import ops
 from tutelx.errors import InvalidValueError
 from tutelx.experts import Experts
 from tutelx.gates import by_priority
+from tutelx.stopwatch import Stopwatch, stopwatch
 from tutelx.types import Capacity, Decision, DispatchMap, Layout, Plan, Planner, Routing, Workload
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Dispatch:
-    """map: this rank's slots. call: how their rows travel, None if they stay. agreed: what all ranks know."""
+    """map: this rank's slots. call: how their rows travel, None if they stay. agreed: what all ranks know.
+    watch: of a call that is timed."""
 
     map: DispatchMap
     decision: Decision
     call: RankCall | None = None
     agreed: Agreed | None = None
+    watch: Stopwatch | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,6 +48,7 @@ class Request:
     batch_prioritized: bool
     planner: Planner
     plan: Plan | None
+    watch: Stopwatch | None = None
 
     @property
     def order(self) -> torch.Tensor | None:
@@ -84,10 +88,13 @@ class Request:
             expert_numbers=self.experts.numbers,
         )
 
-    def decide(self, workload: Workload) -> Decision:
+    def decide(self, workload: Workload, planner: Planner | None = None) -> Decision:
+        """planner: who plans for the ranks, if not the request's own."""
         if self.plan is not None:
             return Decision(plan=self.plan, source="call", reason="given with the call", workload=workload)
-        return self.planner.plan(workload)
+        decision = (planner or self.planner).plan(workload)
+        self.watch = stopwatch(self.planner, decision, self.x.device)
+        return decision
 
     def check(self, plan: Plan, workload: Workload) -> None:
         """Raises InvalidValueError if the plan is none of what the workload says can run."""
@@ -119,7 +126,7 @@ def dispatch_here(request: Request) -> Dispatch:
     request.check(decision.plan, decision.workload)
     if decision.plan.layout != map.layout:
         map = request.route(limit, decision.plan.layout, order)
-    return Dispatch(map=map, decision=decision)
+    return Dispatch(map=map, decision=decision, watch=request.watch)
 
 
 def dispatch_over_ranks(request: Request, ranks: Ranks) -> Dispatch:
@@ -150,4 +157,4 @@ def dispatch_over_ranks(request: Request, ranks: Ranks) -> Dispatch:
     call = ranks.call(plan, agreed, map, rows, request.x.shape[1])
     if map.capacity != limit:
         map = replace(map, capacity=limit)
-    return Dispatch(map=map, decision=decision, call=call, agreed=agreed)
+    return Dispatch(map=map, decision=decision, call=call, agreed=agreed, watch=request.watch)

@@ -5,6 +5,7 @@ Shapes: T tokens, M model dim, E experts, K choices a token, R rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
@@ -12,13 +13,16 @@ import torch
 from torch import nn
 
 from tutelx import ops
+from tutelx.choices import Choosing
 from tutelx.dispatch import Dispatch, Request, dispatch_here, dispatch_over_ranks
 from tutelx.errors import InvalidTypeError, InvalidValueError
 from tutelx.experts import Experts, build_experts
 from tutelx.gates import Gate, GateConfig, TopK, build_gate
 from tutelx.ops.activation import Activation
+from tutelx.policies import Call, CapacityPolicy, Policies, TopKPolicy, split
 from tutelx.scheduler import default_planner
 from tutelx.stats import RoutingStats
+from tutelx.stopwatch import named
 from tutelx.types import Capacity, Decision, Plan, Planner
 
 if TYPE_CHECKING:
@@ -56,6 +60,8 @@ class MoEBase(nn.Module):
         planner: Planner | None,
         eval_capacity: Capacity | None = None,
         batch_prioritized: bool = False,
+        top_k: int | None = None,
+        policies: Policies | None = None,
     ) -> None:
         super().__init__()
         for name, setting in (("capacity", capacity), ("eval_capacity", eval_capacity or capacity)):
@@ -64,10 +70,12 @@ class MoEBase(nn.Module):
         self.model_dim, self.num_experts = model_dim, num_experts
         self.capacity, self.eval_capacity = capacity, eval_capacity
         self.batch_prioritized = batch_prioritized
+        self.top_k, self.policies = top_k, policies
         self.planner: Planner = planner if planner is not None else default_planner()
         self.ranks: Ranks | None = None
         self.tensor_parallel: TensorParallel | None = None
         self._last = _LastCall()
+        self._choosing = Choosing()
 
     @property
     def aux_loss(self) -> torch.Tensor:
@@ -94,11 +102,22 @@ class MoEBase(nn.Module):
         capacity: Capacity | None = None,
         plan: Plan | None = None,
     ) -> torch.Tensor:
-        if capacity is None:
-            capacity = self.capacity if self.training or self.eval_capacity is None else self.eval_capacity
         with self._prepared():
-            x_TM = self._check_input(x).reshape(-1, self.model_dim)
-            routing = whole = gate(x_TM, top_k, capacity=capacity, prioritized=self.batch_prioritized)
+            tokens_TM = x_TM = self._check_input(x).reshape(-1, self.model_dim)
+            own = self.capacity if self.training or self.eval_capacity is None else self.eval_capacity
+            chosen = self._choosing.choose(
+                x_TM,
+                top_k=top_k,
+                capacity=capacity,
+                plan=plan,
+                setting=(self.top_k, own),
+                policies=self.policies,
+                planner=self.planner if self.ranks is None else self.ranks.joined(self.planner),
+                num_experts=self.num_experts,
+                last=self._last.decision,
+            )
+            capacity = chosen.capacity
+            routing = whole = gate(x_TM, chosen.top_k, capacity=capacity, prioritized=self.batch_prioritized)
             if torch.is_autocast_enabled(x.device.type):
                 x_TM = x_TM.to(torch.get_autocast_dtype(x.device.type))
             if self.tensor_parallel is not None:
@@ -111,16 +130,30 @@ class MoEBase(nn.Module):
             capacity=capacity,
             batch_prioritized=self.batch_prioritized,
             planner=self.planner,
-            plan=plan,
+            plan=chosen.plan,
         )
         step = dispatch_here(request) if self.ranks is None else dispatch_over_ranks(request, self.ranks)
-        y_TM = self._compute(x_TM, routing.weights, experts, step)
+        with named(step.decision.plan):
+            if step.watch is None:
+                y_TM = self._compute(x_TM, routing.weights, experts, step)
+            else:
+                y_TM = self._compute(step.watch.begin(x_TM), routing.weights, experts, step)
+                step.watch.end(y_TM)
         if self.tensor_parallel is not None:
             y_TM = self.tensor_parallel.gather(y_TM, whole.expert_ids.shape[0])
 
         self._last.aux_loss = torch.stack(list(whole.aux_losses.values())).sum() if whole.aux_losses else None
-        self._last.decision = step.decision
-        self._last.stats = RoutingStats(step.map, routing, agreed=step.agreed, call=step.call)
+        self._last.decision = step.decision if chosen.decision is None else chosen.decision
+        self._last.stats = stats = RoutingStats(step.map, routing, agreed=step.agreed, call=step.call)
+        self._choosing.keep(
+            tokens_TM,
+            chosen,
+            step.decision,
+            policies=self.policies,
+            planner=self.planner,
+            stats=stats,
+            plans=self.ranks is None,
+        )
         return y_TM.reshape(*x.shape[:-1], y_TM.shape[1])
 
     def _compute(self, x_TM: torch.Tensor, weights_TK: torch.Tensor, experts: Experts, step: Dispatch) -> torch.Tensor:
@@ -157,7 +190,8 @@ class MoE(MoEBase):
         num_experts: E.
         gate: how tokens choose experts: a configuration of `tutelx.gates`, or a module that maps tokens [T, M] to
             logits [T, E] or to a Routing.
-        capacity: how many rows an expert may receive; dropless by default.
+        top_k: experts a token: an int, a policy of `tutelx.policies`, or a function of its `Call`; default: the gate's.
+        capacity: how many rows an expert may receive, or a policy of `tutelx.policies`; dropless by default.
         eval_capacity: the same in evaluation mode; None: as in training.
         batch_prioritized: where a capacity drops tokens, those with the greatest gate value keep their rows, not the
             first of the batch (V-MoE, section 4: all first choices, then all second ones, each by that order).
@@ -187,7 +221,8 @@ class MoE(MoEBase):
         num_experts: int,
         *,
         gate: GateConfig | nn.Module | None = None,
-        capacity: Capacity | None = None,
+        top_k: int | TopKPolicy | Callable[[Call], int] | None = None,
+        capacity: Capacity | CapacityPolicy | None = None,
         eval_capacity: Capacity | None = None,
         batch_prioritized: bool = False,
         experts: Literal["gated", "ffn"] | nn.Module = "gated",
@@ -207,14 +242,16 @@ class MoE(MoEBase):
                 raise InvalidTypeError(f"{name}={value!r} is {type(value).__name__}, expected int")
             if value < 1:
                 raise InvalidValueError(f"{name}={value} must be at least 1")
-        capacity = Capacity.dropless() if capacity is None else capacity
+        top_k, setting, policies = split(top_k, capacity)
         super().__init__(
             model_dim=model_dim,
             num_experts=num_experts,
-            capacity=capacity,
+            capacity=setting,
             planner=planner,
             eval_capacity=eval_capacity,
             batch_prioritized=batch_prioritized,
+            top_k=top_k,
+            policies=policies,
         )
         if mesh is not None or ranks_per_node is not None or tp_group is not None:
             from tutelx.comm import join  # torch.distributed is for those who need it

@@ -224,6 +224,13 @@ class Planner(Protocol):
 
     Over many ranks all must choose alike. A planner whose `plan` is a function of the workload alone may say so with
     an attribute `same_on_all_ranks = True`; any other costs a second small message a call, which makes sure.
+
+    A planner may have more:
+        join(meeting) -> Planner: called once for each group of ranks, by all of them, before the first plan; what it
+            returns plans for the group from then on (`tutelx.comm.meeting.Meeting`).
+        wants_time, observe(decision, seconds): if the first is true, every call is timed and told to the second.
+            seconds is None when the backward of the call begins, and its time, forward and backward, comes later.
+        seconds(workload) -> float | None: what such a call is expected to take.
     """
 
     def plan(self, workload: Workload) -> Decision: ...

@@ -7,7 +7,7 @@ A backend that is given messages of unexpected sizes hangs or ends the process, 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -26,11 +26,14 @@ _WORDS = 4  # of 64 bits: a field's type and value
 _TEXT = 8 * (_WORDS - 1)
 _EAGER = 1024  # expert counts that travel with the first message, and words of an error's text
 _OK, _FAILED = 0, 1
+_VALUES, _NUMBERS = 4, 5  # kinds of fields
+MOST_NUMBERS = _EAGER
 
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What must be equal on all ranks of one call. plan: where the caller gave one, or the planner always gives it."""
+    """What must be equal on all ranks of one call. plan: where the caller gave one, or the planner always gives it.
+    planner: how the ranks will come to a plan otherwise."""
 
     call: str
     num_experts: int
@@ -44,6 +47,7 @@ class Terms:
     capacity_factor: float | None
     grad: bool
     ranks_per_node: int | None
+    planner: str
     plan: Plan | None
 
 
@@ -149,6 +153,20 @@ def agree_on_plan(mesh: Mesh, plan: Plan, device: torch.device) -> None:
     _compare(_gather(mesh, header, device), header)
 
 
+def compare(mesh: Mesh, values: dict[str, Value], device: torch.device) -> None:
+    """Makes sure that all ranks have the same values under the same names; raises as :func:`agree` does."""
+    header = _header_of(values, _VALUES)
+    _compare(_gather(mesh, header, device), header, list(values))
+
+
+def gather_numbers(mesh: Mesh, words: Sequence[int], device: torch.device) -> torch.Tensor:
+    """[W, n] int64: n numbers of every rank, at most MOST_NUMBERS; raises as :func:`agree` does."""
+    header = _header_of({"numbers": len(words)}, _NUMBERS)
+    table = _gather(mesh, torch.cat([header, torch.tensor(words, dtype=torch.int64)]), device)
+    _compare(table, header)
+    return table[:, len(header) : len(header) + len(words)].contiguous()
+
+
 @contextmanager
 def announced_failure(mesh: Mesh, device: torch.device) -> Iterator[None]:
     """A rank that fails in here tells the others, which are about to agree, and raises its own error."""
@@ -185,10 +203,11 @@ def _gather(mesh: Mesh, message: torch.Tensor, device: torch.device) -> torch.Te
     return table
 
 
-def _compare(table: torch.Tensor, header: torch.Tensor) -> None:
+def _compare(table: torch.Tensor, header: torch.Tensor, names: Sequence[str] = ()) -> None:
+    """names: of the fields of a message that is compared by name."""
     if torch.equal(table[:, : len(header)], header.expand(len(table), -1)):
         return
-    rows = [_decode(row.tolist()) for row in table[:, : max(len(header), _HEADER_WORDS)]]
+    rows = [_decode(row.tolist(), names) for row in table[:, : max(len(header), _HEADER_WORDS)]]
     differences = []
     for rank, row in enumerate(rows[1:], 1):
         for name in dict.fromkeys([*rows[0], *row]):
@@ -235,8 +254,8 @@ def _encode(value: Value) -> list[int]:
     return [1, int(value), 0, 0]
 
 
-def _decode(words: list[int]) -> dict[str, Value]:
-    names = (_TERM_NAMES, _PLAN_NAMES, ["tokens"], _TENSOR_NAMES)[words[1]]
+def _decode(words: list[int], named: Sequence[str]) -> dict[str, Value]:
+    names = (_TERM_NAMES, _PLAN_NAMES, ["tokens"], _TENSOR_NAMES, named, ["numbers"])[words[1]]
     values: dict[str, Value] = {}
     for i, name in enumerate(names):
         kind, *data = words[2 + i * _WORDS : 2 + (i + 1) * _WORDS]

@@ -12,6 +12,7 @@ from torch import nn
 
 from tutelx.comm.agreement import Agreed, Terms, agree, agree_on_plan, announced_failure
 from tutelx.comm.call import RankCall
+from tutelx.comm.meeting import joined, meet, standing
 from tutelx.comm.mesh import Mesh
 from tutelx.comm.placement import Placement
 from tutelx.comm.shards import Shard, hold_own, hold_shards
@@ -38,7 +39,7 @@ class Request(Protocol):
     @property
     def plan(self) -> Plan | None: ...
 
-    def decide(self, workload: Workload) -> Decision: ...
+    def decide(self, workload: Workload, planner: Planner | None = None) -> Decision: ...
 
     def check(self, plan: Plan, workload: Workload) -> None: ...
 
@@ -85,6 +86,7 @@ class Ranks:
             capacity_factor=request.capacity.factor,
             grad=torch.is_grad_enabled(),
             ranks_per_node=self.mesh.ranks_per_node,
+            planner="" if request.plan is not None else standing(request.planner, self.mesh),
             plan=request.plan or getattr(request.planner, "always", None),
         )
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in experts.parameters())
@@ -128,18 +130,28 @@ class Ranks:
         first = self._decisions.get(key) if torch._C._current_graph_task_id() != -1 else None
         if first is not None:
             return first
-        if request.plan is not None or getattr(request.planner, "same_on_all_ranks", False):
-            decision = request.decide(workload)
-        else:
-            with self.announced_failure(request.x.device):
-                decision = request.decide(workload)
-            agree_on_plan(self.mesh, decision.plan, request.x.device)
+        decision = self._planned(request, workload) if request.plan is None else request.decide(workload)
         request.check(decision.plan, workload)
         decision = replace(decision, exchange=self._describe(decision.plan))
         self._decisions[key] = decision
         self._decisions.move_to_end(key)
         if len(self._decisions) > _REMEMBERED:
             self._decisions.popitem(last=False)
+        return decision
+
+    def joined(self, planner: Planner) -> Planner:
+        """Who plans for these ranks, once they have met."""
+        return joined(planner, self.mesh)
+
+    def _planned(self, request: Request, workload: Workload) -> Decision:
+        device = request.x.device
+        planner = meet(request.planner, self.mesh, device)
+        if planner is request.planner and getattr(planner, "same_on_all_ranks", False):
+            return request.decide(workload)
+        with self.announced_failure(device):
+            decision = request.decide(workload, planner)
+        if not getattr(planner, "same_on_all_ranks", False):
+            agree_on_plan(self.mesh, decision.plan, device)
         return decision
 
     def call(self, plan: Plan, agreed: Agreed, map: DispatchMap, limit: int | None, model_dim: int) -> RankCall:

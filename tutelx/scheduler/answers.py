@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tutelx.planner import RulePlanner
+from tutelx.planner import MOST_PADDING, RulePlanner
 from tutelx.tuning.cost import CostModel
 from tutelx.tuning.key import Key
 from tutelx.tuning.records import Record, StoredPlan
@@ -15,6 +15,7 @@ from tutelx.types import Plan, Workload
 LARGEST_TILE = 1 << 20
 MOST_CHUNKS = 64
 MODEL_MARGIN = 0.2  # what a model may be wrong by
+MOST_SECONDS = 2.0  # times the best prediction, of a plan that is tried in a real step
 
 _RULES = RulePlanner()
 
@@ -67,7 +68,7 @@ def runnable(plan: Plan, workload: Workload) -> bool:
 class Knowledge:
     """lookup: what was measured; None: nothing. model: what a plan should take, if its rates are known.
 
-    candidates: the plans that a model may choose among.
+    plans: those that a workload can run, the default first.
     margin: a plan that was not measured for this very key must be faster than the default by this share of its time.
     """
 
@@ -76,10 +77,10 @@ class Knowledge:
         lookup: Lookup | None = None,
         model: CostModel | None = None,
         *,
-        candidates: Callable[[Workload], Sequence[Plan]] | None = None,
+        plans: Callable[[Workload], Sequence[Plan]],
         margin: float = 0.02,
     ) -> None:
-        self.lookup, self.model, self.candidates, self.margin = lookup, model, candidates, margin
+        self.lookup, self.model, self.plans, self.margin = lookup, model, plans, margin
 
     def answer(self, workload: Workload) -> Answer:
         """The first of these that knows of a plan which can run: a record of this key, of a near one, of a sibling
@@ -92,12 +93,27 @@ class Knowledge:
                 why = "no measurement is near enough"
             else:
                 return self._measured(found, workload, ruled.plan)
-        if self.model is not None and self.candidates is not None:
+        if self.model is not None:
             modelled = self._modelled(workload, ruled.plan, why)
             if modelled is not None:
                 return modelled
         reason = f"{why}; by rule: {_without_numbers(workload)}"
         return Answer(plan=ruled.plan, source="default", reason=reason, predicted=self.predict(workload, ruled.plan))
+
+    def worth_trying(self, workload: Workload) -> list[Plan]:
+        """What may beat the default, the likeliest first."""
+        plans = self._runnable(workload)
+        if self.model is None:
+            slots = workload.tokens * workload.top_k
+            fullest = [n for n in (workload.demand, workload.capacity) if n is not None]
+            few = not fullest or min(fullest) * workload.num_experts <= MOST_PADDING * slots
+            return [plan for plan in plans if few or plan.layout != "padded"]
+        seconds = {plan: self.model.predict(workload, plan).total for plan in plans}
+        least = min(seconds.values(), default=0.0)
+        return sorted((plan for plan in plans if seconds[plan] <= MOST_SECONDS * least), key=lambda plan: seconds[plan])
+
+    def _runnable(self, workload: Workload) -> list[Plan]:
+        return [plan for plan in self.plans(workload) if runnable(plan, workload)]
 
     def predict(self, workload: Workload, plan: Plan) -> float | None:
         return None if self.model is None else self.model.predict(workload, plan).total
@@ -130,11 +146,9 @@ class Knowledge:
 
     def _modelled(self, workload: Workload, ruled: Plan, why: str) -> Answer | None:
         assert self.model is not None
-        assert self.candidates is not None
         default = self.model.predict(workload, ruled).total
-        plans = [plan for plan in self.candidates(workload) if runnable(plan, workload)]
         best, total = ruled, default
-        for plan in plans:
+        for plan in self._runnable(workload):
             seconds = self.model.predict(workload, plan).total
             if seconds < total:
                 best, total = plan, seconds

@@ -91,10 +91,14 @@ class Exploration:
     def turn(self) -> Turn:
         return self.turns[self.at]
 
+    def closing(self, *, trains: bool) -> bool:
+        """Whether a new call begins a round."""
+        return self.at == len(self.turns) - 1 and self._over(trains)
+
     def ask(self, *, trains: bool, reduce: Reduce) -> Turn | None:
         """The turn that a new call belongs to, None when all is tried. trains: a backward will follow."""
         turn = self.turn
-        if turn.calls and (turn.closed or not trains or turn.calls >= LONGEST_TURN):
+        if self._over(trains):
             self.at += 1
             if self.at == len(self.turns):
                 self._close(reduce)
@@ -134,6 +138,10 @@ class Exploration:
             if found.ratio + max(found.spread, own.spread, self.setting.margin * own.ratio) >= own.ratio:
                 best = self.incumbent
         return best, candidates
+
+    def _over(self, trains: bool) -> bool:
+        turn = self.turn
+        return turn.calls > 0 and (turn.closed or not trains or turn.calls >= LONGEST_TURN)
 
     def _deal(self) -> list[Turn]:
         order = list(self.active)

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-
 from tutelx.scheduler.answers import Answer, Knowledge, ruled, runnable
 from tutelx.scheduler.explore import Exploration, Exploring, Reduce, Turn, Watch
 from tutelx.scheduler.memo import Bucket, Memo, bucket_of
+from tutelx.stopwatch import in_backward, settle
 from tutelx.tuning.key import Key
 from tutelx.tuning.records import Candidate, StoredPlan
-from tutelx.types import Decision, Plan, Workload
+from tutelx.types import Decision, Workload
 
 Mode = Literal["lookup", "online", "fixed"]
 Finished = Callable[[Workload, Sequence[Candidate], StoredPlan], None]
@@ -44,7 +43,6 @@ class Planning:
     gives, so that equal calls have equal answers on all ranks.
 
     knowledge: of the kind of device, "cpu" or "cuda".
-    candidates: the plans of a workload that may be tried, in the order in which they are worth it.
     reduce: the greatest values of all ranks.
     finished: is told of every exploration that ended: the workload, what was measured, and the default.
     """
@@ -54,12 +52,11 @@ class Planning:
         mode: Mode,
         knowledge: Callable[[str], Knowledge],
         *,
-        candidates: Callable[[Workload], Sequence[Plan]],
         exploring: Exploring,
         reduce: Reduce = list,
         finished: Finished | None = None,
     ) -> None:
-        self.mode, self._knowledge, self._candidates = mode, knowledge, candidates
+        self.mode, self._knowledge = mode, knowledge
         self._exploring, self._reduce, self._finished = exploring, reduce, finished
         self._bucket: Callable[[Workload], Bucket] = _shape_of if mode == "fixed" else bucket_of
         self._memo: Memo[_Entry] = Memo()
@@ -72,12 +69,21 @@ class Planning:
         """What is being tried is compared on every call: ranks may notice the end of a step differently."""
         return self._open == 0
 
+    @property
+    def wants_time(self) -> bool:
+        return self.mode == "online"
+
+    def seconds(self, workload: Workload) -> float | None:
+        """What such a call takes with the plan that it would get: as measured, else as predicted, else None."""
+        answer = self.answer(workload)
+        return answer.predicted if answer.measured is None else answer.measured
+
     def plan(self, workload: Workload) -> Decision:
         bucket = self._bucket(workload)
         entry = self._memo.get(bucket)
         if entry is None:
             entry = self._remember(bucket, workload)
-        if entry.live is not None and torch._C._current_graph_task_id() == -1:
+        if entry.live is not None and not in_backward():
             return self._timed(entry, bucket, workload)
         answer = entry.answer
         return Decision(
@@ -120,7 +126,7 @@ class Planning:
     def _explore(self, state: Bucket, workload: Workload, incumbent: StoredPlan) -> Exploration | None:
         by_rule = ruled(workload)
         plans = [StoredPlan.of(by_rule, by_rule), incumbent]
-        plans += [StoredPlan.of(p, by_rule) for p in self._candidates(workload) if runnable(p, workload)]
+        plans += [StoredPlan.of(p, by_rule) for p in self._knowledge(workload.device).worth_trying(workload)]
         plans = list(dict.fromkeys(plans))[: self._exploring.most_plans + 1]
         if len(plans) == 1:
             return None
@@ -148,6 +154,8 @@ class Planning:
                 turn=live,
             )
         assert isinstance(live, Exploration)
+        if workload.device != "cpu" and live.closing(trains=workload.training):
+            settle(wait=True)
         turn = live.ask(trains=workload.training, reduce=self._reduce)
         if turn is None:
             self._settle(entry.state, live, workload)

@@ -15,6 +15,7 @@ from tutelx.planner import RulePlanner
 from tutelx.scheduler.answers import Knowledge, Lookup, ruled
 from tutelx.scheduler.explore import Exploring
 from tutelx.scheduler.planning import Mode, Planning, Timed
+from tutelx.tuning.space import legal_plans
 from tutelx.types import Decision, Plan, Planner, Workload
 
 _RULES = RulePlanner()
@@ -85,6 +86,11 @@ class Scheduler:
         if isinstance(decision, Timed):
             decision.turn.observe(seconds)
 
+    def seconds(self, workload: Workload) -> float | None:
+        """What such a call takes with the plan that it would get: as measured, else as predicted, else None."""
+        answer = (self._here or self._open()).answer(workload)
+        return answer.predicted if answer.measured is None else answer.measured
+
     def explain(self, workload: Workload) -> str:
         """Which plan, from which tier, and why, without remembering anything."""
         answer = (self._here or self._open()).answer(workload)
@@ -103,8 +109,9 @@ class Scheduler:
             return self._here
 
     def _planning(self) -> Planning:
-        knowledge = Knowledge(self._db if hasattr(self._db, "find") else None)  # type: ignore[arg-type]
-        return Planning(self.mode, lambda device: knowledge, candidates=_candidates, exploring=self.exploring)
+        lookup = self._db if hasattr(self._db, "find") else None
+        knowledge = Knowledge(lookup, plans=possible_plans)  # type: ignore[arg-type]
+        return Planning(self.mode, lambda device: knowledge, exploring=self.exploring)
 
     def __deepcopy__(self, memo: dict) -> Scheduler:
         return self  # copies of a layer learn together
@@ -142,5 +149,6 @@ def _rebuilt(db: Any, mode: Mode, plan: Plan | None, exploring: Exploring) -> Sc
     return Scheduler(db, mode, plan=plan, exploring=exploring)
 
 
-def _candidates(workload: Workload) -> Sequence[Plan]:
-    return ()
+def possible_plans(workload: Workload) -> Sequence[Plan]:
+    """What may be tried in its place, the plan of the rules first."""
+    return legal_plans(workload, default=ruled(workload))

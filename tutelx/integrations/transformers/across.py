@@ -18,6 +18,7 @@ from tutelx.dispatch import Request, dispatch_over_ranks
 from tutelx.errors import InvalidValueError
 from tutelx.integrations.transformers.setting import Setting, setting_of
 from tutelx.stats import RoutingStats
+from tutelx.stopwatch import named
 from tutelx.types import DispatchMap, ExpertKernel, Layout, Plan, Routing
 
 if TYPE_CHECKING:
@@ -125,11 +126,15 @@ def forward_across(
     call, plan = step.call, step.decision.plan
     assert call is not None
     parameters = [p for p in experts.parameters() if p.requires_grad]
-    rows_RM = ops.encode(x_TM, call.map)
-    rows_RM = run_modules(call, rows_RM, lambda arrived, map: compute(arrived, map, plan), parameters, plan)
+    with named(plan):
+        rows_RM = ops.encode(x_TM if step.watch is None else step.watch.begin(x_TM), call.map)
+        rows_RM = run_modules(call, rows_RM, lambda arrived, map: compute(arrived, map, plan), parameters, plan)
+        y_TM = ops.decode(rows_RM, call.map, call.spread(weights_TK))
+        if step.watch is not None:
+            step.watch.end(y_TM)
     setting.last_decision = step.decision
     setting.stats = RoutingStats(step.map, request.routing, agreed=step.agreed, call=call)
-    return ops.decode(rows_RM, call.map, call.spread(weights_TK))
+    return y_TM
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

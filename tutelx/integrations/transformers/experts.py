@@ -19,7 +19,8 @@ from tutelx.integrations.transformers.across import forward_across
 from tutelx.integrations.transformers.gating import fused_activation, says
 from tutelx.integrations.transformers.setting import DEFAULT, Setting
 from tutelx.stats import RoutingStats
-from tutelx.types import DispatchMap, Plan, Workload
+from tutelx.stopwatch import named, stopwatch
+from tutelx.types import Decision, DispatchMap, Plan, Workload
 
 
 def experts_forward(
@@ -61,9 +62,16 @@ def experts_forward(
             compute=lambda rows, map, plan: _compute(experts, rows, map, plan),
         )
         return y_TM.to(hidden_states.dtype)
-    map, plan = _dispatch(experts, hidden_states, ids_TK, dtype, setting)
-    out_RM = _compute(experts, ops.encode(hidden_states.to(dtype), map), map, plan)
-    return ops.decode(out_RM, map, weights_TK).to(hidden_states.dtype)
+    map, decision = _dispatch(experts, hidden_states, ids_TK, dtype, setting)
+    plan = Plan() if decision is None else decision.plan
+    watch = None if decision is None else stopwatch(setting.planner, decision, hidden_states.device)
+    x_TM = hidden_states.to(dtype)
+    with named(plan):
+        out_RM = _compute(experts, ops.encode(x_TM if watch is None else watch.begin(x_TM), map), map, plan)
+        y_TM = ops.decode(out_RM, map, weights_TK)
+        if watch is not None:
+            watch.end(y_TM)
+    return y_TM.to(hidden_states.dtype)
 
 
 def _compute(experts: Any, rows_RM: torch.Tensor, map: DispatchMap, plan: Plan) -> torch.Tensor:
@@ -92,8 +100,8 @@ def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
 
 def _dispatch(
     experts: Any, x_TM: torch.Tensor, ids_TK: torch.Tensor, dtype: torch.dtype, setting: Setting
-) -> tuple[DispatchMap, Plan]:
-    """Rows for every slot, and how large the tiles are.
+) -> tuple[DispatchMap, Decision | None]:
+    """Rows for every slot, and how large the tiles are; nothing decides while the module is compiled.
 
     Always ragged rows: between a forward and its recomputation under gradient checkpointing no shape may change,
     whatever the planner has learned meanwhile.
@@ -103,7 +111,7 @@ def _dispatch(
     limit = setting.capacity.limit(tokens=tokens, top_k=top_k, num_experts=E)
     map = ops.route(ids_TK, E, limit, layout="ragged")
     if torch.compiler.is_compiling():
-        return map, Plan()
+        return map, None
     workload = Workload(
         tokens=tokens,
         top_k=top_k,
@@ -124,7 +132,7 @@ def _dispatch(
         raise InvalidValueError(f"plan={decision.plan}, but the experts of transformers run ragged rows in tiles only")
     if setting is not DEFAULT:
         setting.last_decision, setting.stats = decision, RoutingStats(map)
-    return map, decision.plan
+    return map, decision
 
 
 def _product(experts: Any, name: str, rows: torch.Tensor, map: DispatchMap, plan: Plan) -> torch.Tensor:
