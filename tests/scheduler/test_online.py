@@ -10,7 +10,7 @@ from tutelx import Capacity, MoE, Plan, Scheduler
 from tutelx.gates import ExpertChoice
 from tutelx.planner import RulePlanner
 from tutelx.scheduler import Exploring
-from tutelx.scheduler import scheduler as module
+from tutelx.scheduler import sources as module
 from tutelx.tuning.records import StoredPlan
 
 BMM = StoredPlan(layout="padded", expert_kernel="bmm")

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from tutelx import env
 from tutelx.errors import InvalidValueError
 from tutelx.planner import RulePlanner
-from tutelx.scheduler.answers import Knowledge, Lookup, ruled
+from tutelx.scheduler.answers import Lookup, ruled
 from tutelx.scheduler.explore import Exploring
 from tutelx.scheduler.planning import Mode, Planning, Timed
-from tutelx.tuning.space import legal_plans
+from tutelx.scheduler.sources import Source
 from tutelx.types import Decision, Plan, Planner, Workload
+
+if TYPE_CHECKING:
+    from tutelx.comm.meeting import Meeting
 
 _RULES = RulePlanner()
 
@@ -61,7 +66,7 @@ class Scheduler:
             raise InvalidValueError(f"plan={plan} was given, but mode={mode!r} chooses plans itself")
         self.mode, self.exploring = mode, exploring or Exploring()
         self.always = plan
-        self._db = db
+        self._source = Source(db)
         self._lock = Lock()
         self._here: Planning | None = None
 
@@ -108,10 +113,31 @@ class Scheduler:
                 self._here = self._planning()
             return self._here
 
+    def join(self, meeting: Meeting) -> Planning:
+        """Who plans for a group of ranks, with what rank 0 knows. Called by all of them, once, before the first plan.
+
+        Raises:
+            RankMismatchError: their schedulers have different settings.
+            RankFailedError: one did not come or failed, such as rank 0 in reading its database.
+        """
+        meeting.compare(mode=self.mode, **asdict(self.exploring))
+        device = meeting.device.type
+        data = meeting.share(lambda: self._source.snapshot(device))
+        with meeting.failures():
+            knowledge = self._source.restored(data)
+        meeting.compare(ready=True)
+        return Planning(
+            self.mode,
+            lambda device: knowledge,
+            exploring=self.exploring,
+            reduce=meeting.greatest,
+            finished=self._source.keep if meeting.rank == 0 else None,
+        )
+
     def _planning(self) -> Planning:
-        lookup = self._db if hasattr(self._db, "find") else None
-        knowledge = Knowledge(lookup, plans=possible_plans)  # type: ignore[arg-type]
-        return Planning(self.mode, lambda device: knowledge, exploring=self.exploring)
+        return Planning(
+            self.mode, lru_cache(self._source.knowledge), exploring=self.exploring, finished=self._source.keep
+        )
 
     def __deepcopy__(self, memo: dict) -> Scheduler:
         return self  # copies of a layer learn together
@@ -119,7 +145,7 @@ class Scheduler:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         if self is _default:
             return default_planner, ()
-        return _rebuilt, (self._db, self.mode, self.always, self.exploring)
+        return _rebuilt, (self._source.places, self.mode, self.always, self.exploring)
 
     def __repr__(self) -> str:
         return f"Scheduler(mode={self.mode!r})" if self.always is None else f"Scheduler(plan={self.always})"
@@ -147,8 +173,3 @@ def default_planner() -> Planner:
 
 def _rebuilt(db: Any, mode: Mode, plan: Plan | None, exploring: Exploring) -> Scheduler:
     return Scheduler(db, mode, plan=plan, exploring=exploring)
-
-
-def possible_plans(workload: Workload) -> Sequence[Plan]:
-    """What may be tried in its place, the plan of the rules first."""
-    return legal_plans(workload, default=ruled(workload))
