@@ -7,6 +7,7 @@ leaves out what wants Python's headers.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from tutelx.errors import InvalidValueError
 
@@ -176,3 +177,18 @@ def _integer(name: str, least: int = 0) -> int | None:
         kind = "no positive integer" if least else "no whole number"
         raise InvalidValueError(f"{name}={value!r} is {kind}")
     return int(value)
+
+
+def tuning_databases() -> list[str]:
+    """TUTELX_TUNING_DB: the site's folders of measurements, separated as in PATH, the first counting most."""
+    return [folder for folder in os.environ.get("TUTELX_TUNING_DB", "").split(os.pathsep) if folder]
+
+
+def cache_folder() -> Path | None:
+    """Of tutelx, for this user, in XDG_CACHE_HOME or else ~/.cache; it need not exist. None where there is no home."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # The standard has relative paths ignored.
+        return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "tutelx"
+    except RuntimeError:
+        return None

@@ -27,3 +27,7 @@ class RankFailedError(TutelxError, RuntimeError):
 
 class ExtensionError(TutelxError, ImportError):
     """The compiled extension is missing or does not load."""
+
+
+class DatabaseError(TutelxError, OSError):
+    """A tuning database cannot be written to, or not be locked; what was to be written is still in memory."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tutelx.errors import InvalidValueError
 from tutelx.tuning.hardware import Hardware
 from tutelx.tuning.key import Key
 from tutelx.types import Plan
@@ -55,15 +57,32 @@ class StoredPlan:
             tile_columns=self.tile_columns or by_rule.tile_columns,
         )
 
+    def __str__(self) -> str:
+        plain = Plan(layout=self.layout, expert_kernel=self.expert_kernel)  # type: ignore[arg-type]
+        text = str(self.plan(plain))
+        ruled = self.tile_rows is None and self.tile_columns is None
+        return text.replace(f"{plain.tile_rows}x{plain.tile_columns}", "tiled") if ruled else text
+
+    @property
+    def order(self) -> tuple[str, str, int, int, str, int, int]:
+        """What plans are sorted by where nothing else decides."""
+        tiles = (self.tile_rows or 0, self.tile_columns or 0)
+        return (self.layout, self.expert_kernel, self.shard_degree, self.pipeline_degree, self.all_to_all, *tiles)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One plan's timing, in seconds of a call, of the slowest rank.
 
+    n: timed turns; 0 only of a wrong one that was not timed, whose median and ratio are 0.
     ratio: median over the turns of its time over the default's in the same turn; drift of the machine cancels in it.
-    spread: how far the true ratio may lie from `ratio`: two standard errors of that median.
-    error: the largest relative error against the reference, of outputs and gradients; None if it was not checked.
+    spread: how far the true ratio may lie from `ratio`: two standard errors of that median; 0: not known.
+    error: the largest relative error against the reference, of outputs and gradients; None if it was not checked or,
+        of a wrong one, is no finite number.
     status: "wrong": the error was too large, never to be chosen; "slow": stopped early as a clear loser.
+
+    Raises:
+        InvalidValueError: a number is none that could have been measured.
     """
 
     plan: StoredPlan
@@ -75,6 +94,17 @@ class Candidate:
     status: Status = "ok"
     spread: float = 0.0
 
+    def __post_init__(self) -> None:
+        timed = self.n >= 1 and self.median > 0 and self.ratio > 0
+        untimed = self.status == "wrong" and self.n == 0 and self.median == 0 and self.ratio == 0
+        least = min(self.iqr, self.spread, self.error or 0.0)
+        finite = all(math.isfinite(x) for x in (self.median, self.iqr, self.ratio, self.spread, self.error or 0.0))
+        if not (timed or untimed) or not finite or least < 0:
+            raise InvalidValueError(
+                f"n={self.n}, median={self.median}, iqr={self.iqr}, ratio={self.ratio}, spread={self.spread},"
+                f" error={self.error} of a plan that is {self.status!r} cannot have been measured"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
@@ -83,6 +113,9 @@ class Record:
     default: what the rules choose; always among the candidates.
     software: versions by name ("tutelx", "torch", "python", "cuda", ...).
     provenance: "date" (ISO 8601, UTC), "command", and what else the measurement says of itself.
+
+    Raises:
+        InvalidValueError: the default is not among the candidates, or a plan is there twice.
     """
 
     hardware: Hardware
@@ -93,6 +126,18 @@ class Record:
     provenance: dict[str, str] = field(hash=False)
     op: str = "layer"
     schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        plans = [candidate.plan for candidate in self.candidates]
+        if self.default not in plans:
+            raise InvalidValueError(f"the default {self.default} is not among the {len(plans)} candidates")
+        if len(set(plans)) < len(plans):
+            twice = next(plan for plan in plans if plans.count(plan) > 1)
+            raise InvalidValueError(f"the plan {twice} is among the candidates twice")
+
+    @property
+    def by_plan(self) -> dict[StoredPlan, Candidate]:
+        return {candidate.plan: candidate for candidate in self.candidates}
 
     @property
     def best(self) -> Candidate:
