@@ -152,6 +152,11 @@ def cuda_sandbox() -> int:
     return _integer("TUTEL_CUDA_SANDBOX") or 0
 
 
+def omp_threads() -> int:
+    """OMP_NUM_THREADS, 1 if unset."""
+    return _integer("OMP_NUM_THREADS", least=1) or 1
+
+
 def default_threads(number: int) -> None:
     """Sets OMP_NUM_THREADS for this process's children, unless the user did."""
     os.environ.setdefault("OMP_NUM_THREADS", str(number))

@@ -52,6 +52,11 @@ def subgroup(mesh: Mesh, ranks: Sequence[int], name: str) -> dist.ProcessGroup:
     return group
 
 
+def forget() -> None:
+    """Lets go of all groups that :func:`subgroup` has made; before the end of a process that destroys its groups."""
+    _made.clear()
+
+
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """How long the group waits for a rank, which its parts shall wait too."""
     backend = c10d.Backend(dist.get_backend_config(group))

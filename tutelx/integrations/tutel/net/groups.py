@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tutelx import env
 from tutelx.comm.agreement import agree_on_tensor
 from tutelx.comm.mesh import as_mesh
-from tutelx.comm.subgroups import subgroup
+from tutelx.comm.subgroups import forget, subgroup
 from tutelx.errors import InvalidTypeError, InvalidValueError
 from tutelx.integrations.tutel.net.calls import message_device, others
 
@@ -147,6 +147,16 @@ def create_groups_from_world(
     )
     _made[parent, group_count] = found
     return found
+
+
+def close() -> None:
+    """Destroys all groups of the process and lets go of them: held up to its very end, one may abort it there."""
+    for found in _made.values():
+        found.data_group = found.model_group = found.global_group = None
+    _made.clear()
+    forget()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _initialise(backend: str, parent_group: Group) -> None:
