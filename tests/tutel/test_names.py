@@ -79,15 +79,37 @@ NAMES = {
 }
 
 # What its serving operators are called: none of them can be had, and each says so.
-SERVING = (
-    "pad_at_dim to_float8_rowwise to_float8_blockwise from_float8_blockwise to_float4_groupwise from_float4_groupwise"
-    " from_int4_groupwise from_mxfp4 marlin_pack marlin_nvfp4_pack sparse_bmm_infer"
-).split()
+SERVING = [
+    "pad_at_dim",
+    "to_float8_rowwise",
+    "to_float8_blockwise",
+    "from_float8_blockwise",
+    "to_float4_groupwise",
+    "from_float4_groupwise",
+    "from_int4_groupwise",
+    "from_mxfp4",
+    "marlin_pack",
+    "marlin_nvfp4_pack",
+    "sparse_bmm_infer",
+]
 
-SESSION = (
-    "global_size global_rank local_rank local_size group_count data_rank model_size model_rank local_device data_group"
-    " model_group global_group is_distributed dist_print is_cuda"
-).split()
+SESSION = [
+    "global_size",
+    "global_rank",
+    "local_rank",
+    "local_size",
+    "group_count",
+    "data_rank",
+    "model_size",
+    "model_rank",
+    "local_device",
+    "data_group",
+    "model_group",
+    "global_group",
+    "is_distributed",
+    "dist_print",
+    "is_cuda",
+]
 
 
 @pytest.mark.parametrize("module", NAMES)

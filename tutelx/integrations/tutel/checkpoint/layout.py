@@ -7,7 +7,7 @@ a rank one after another, and an expert's are padded with zeros at the end so th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -80,7 +80,7 @@ def split(name: str, whole: torch.Tensor, num_experts: int, world: int) -> list[
     return [part.clone() for expert in whole.split(1) for part in expert.chunk(slices, dim)]
 
 
-def without_padding(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+def without_padding(state: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     """A joined bias of the output, as long as the weight beside it says."""
     value = state[name]
     weight = state.get(f"{name.removesuffix(OUT_BIAS)}{OUT_WEIGHT}") if name.endswith(OUT_BIAS) else None
