@@ -82,7 +82,7 @@ class Request:
             dtype=str(self.x.dtype).removeprefix("torch."),
             device=self.x.device.type,
             training=torch.is_grad_enabled(),
-            threads=torch.get_num_threads(),
+            threads=1 if torch.compiler.is_compiling() else torch.get_num_threads(),
             layouts=self.experts.layouts,
             expert_kernels=self.experts.kernels_for(self.x),
             expert_numbers=self.experts.numbers,

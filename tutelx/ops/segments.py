@@ -25,16 +25,29 @@ def each_segment(
     # One split and one concatenation: indexing per expert would cost a full-size gradient each.
     pieces = split_segments(rows, map)
     for expert in range(map.num_experts):
-        if len(pieces[2 * expert]) or not skip_empty:
+        if not skip_empty or len(pieces[2 * expert]):
             pieces[2 * expert] = function(expert, pieces[2 * expert])
     return torch.cat(pieces)
 
 
 def split_segments(rows: torch.Tensor, map: DispatchMap) -> list[torch.Tensor]:
     """Each expert's rows and the empty ones behind them, in turns, and the tail: 2E + 1 views of rows [R, M]."""
+    if torch.compiler.is_compiling():
+        return list(rows.split(_traced_sizes(map)))
     begins, counts = map.offsets.tolist(), map.counts.tolist()
     sizes: list[int] = []
     for begin, end, count in zip(begins, begins[1:], counts):
         used = min(count, end - begin)
         sizes += [used, end - begin - used]
     return list(rows.split([*sizes, rows.shape[0] - begins[-1]]))
+
+
+def _traced_sizes(map: DispatchMap) -> list[int]:
+    """The same by tensors, so that a graph knows each size by a name of its own."""
+    owned = map.offsets.diff()
+    used = torch.minimum(map.counts, owned)
+    sizes = torch.stack([used, owned - used], dim=1).flatten().tolist()
+    sizes.append((map.num_rows - map.offsets[-1]).item())
+    for size in sizes:
+        torch._check(size >= 0)
+    return sizes
