@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tutelx import gates, losses, ops, parallel, policies, structure
+    from tutelx import gates, losses, monitor, ops, parallel, policies, structure
     from tutelx.layer import MoE
     from tutelx.scheduler import Scheduler
     from tutelx.structure import ResidualMoE, SharedExperts, convert_dense
@@ -34,7 +34,7 @@ _HOME = {
     "Routing": "tutelx.types",
     "Workload": "tutelx.types",
 }
-_MODULES = ("errors", "gates", "losses", "ops", "parallel", "policies", "structure")
+_MODULES = ("errors", "gates", "losses", "monitor", "ops", "parallel", "policies", "structure")
 
 __all__ = [
     "Capacity",
@@ -52,6 +52,7 @@ __all__ = [
     "errors",
     "gates",
     "losses",
+    "monitor",
     "ops",
     "parallel",
     "policies",

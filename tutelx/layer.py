@@ -22,7 +22,7 @@ from tutelx.ops.activation import Activation
 from tutelx.policies import Call, CapacityPolicy, Policies, TopKPolicy, split
 from tutelx.scheduler import default_planner
 from tutelx.stats import RoutingStats
-from tutelx.stopwatch import named
+from tutelx.stopwatch import Stopwatch, named
 from tutelx.types import Capacity, Decision, Plan, Planner
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class _LastCall:
         self.aux_loss: torch.Tensor | None = None
         self.decision: Decision | None = None
         self.stats: RoutingStats | None = None
+        self.watch: Stopwatch | None = None
 
     def __deepcopy__(self, memo: dict) -> _LastCall:
         return _LastCall()
@@ -139,6 +140,7 @@ class MoEBase(nn.Module):
             else:
                 y_TM = self._compute(step.watch.begin(x_TM), routing.weights, experts, step)
                 step.watch.end(y_TM)
+                self._last.watch = step.watch
         if self.tensor_parallel is not None:
             y_TM = self.tensor_parallel.gather(y_TM, whole.expert_ids.shape[0])
 

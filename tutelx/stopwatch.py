@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +18,23 @@ if TYPE_CHECKING:
 
 _NOTHING = nullcontext()
 _lock = Lock()
-_late: deque[tuple[Planner, Decision, list[Any]]] = deque()  # marks that a device may not have reached yet
+_late: deque[Stopwatch] = deque()  # whose marks a device may not have reached yet
+_watchers = 0  # who want every call timed
 
 
 class Stopwatch:
     """Times one call: from its plan to its end, and if it trains from the gradient of y to that of the rows' tokens.
 
     On an accelerator the times are those of its stream. They are read when later calls find them done: nobody waits.
+
+    seconds: None as long as they are not known.
     """
 
-    __slots__ = ("_decision", "_device", "_marks", "_planner", "_whole")
+    __slots__ = ("_decision", "_device", "_marks", "_planner", "_whole", "seconds")
 
     def __init__(self, planner: Planner, decision: Decision, device: torch.device) -> None:
         settle()
+        self.seconds: float | None = None
         self._planner, self._decision, self._device = planner, decision, device
         self._marks: list[Mark] = [_mark(device)]
         self._whole = 2
@@ -64,20 +69,48 @@ class Stopwatch:
             self._report()
 
     def _report(self) -> None:
-        _late.append((self._planner, self._decision, self._marks[: self._whole]))
+        _late.append(self)
         settle()
 
+    def is_known(self, *, wait: bool) -> bool:
+        """Whether the device has reached the last mark. wait: until it has."""
+        last = self._marks[-1]
+        if isinstance(last, float):
+            return True
+        if wait:
+            last.synchronize()
+        return last.query()
+
+    def read(self) -> None:
+        marks = self._marks[: self._whole]
+        self.seconds = sum(_seconds(a, b) for a, b in zip(marks[::2], marks[1::2]))
+        self._tell(self.seconds)
+
     def _tell(self, seconds: float | None) -> None:
-        self._planner.observe(self._decision, seconds)  # type: ignore[attr-defined]
+        if getattr(self._planner, "wants_time", False):
+            self._planner.observe(self._decision, seconds)  # type: ignore[attr-defined]
 
 
 def stopwatch(planner: Planner, decision: Decision, device: torch.device) -> Stopwatch | None:
-    """One that runs, if the planner wants times and this call is the first of its kind: no recomputation, no trace."""
-    if not getattr(planner, "wants_time", False) or torch.compiler.is_compiling() or in_backward():
+    """One that runs, if the planner or a watcher wants times and this call is none that is made again or captured."""
+    if not (_watchers or getattr(planner, "wants_time", False)) or torch.compiler.is_compiling() or in_backward():
         return None
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None
     return Stopwatch(planner, decision, device)
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """As long as it is open every call is timed, whatever its planner wants."""
+    global _watchers
+    with _lock:
+        _watchers += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _watchers -= 1
 
 
 def in_backward() -> bool:
@@ -91,15 +124,11 @@ def settle(*, wait: bool = False) -> None:
         with _lock:  # the backward may run in a thread of its own
             if not _late:
                 return
-            planner, decision, marks = _late[0]
-            if not isinstance(marks[0], float):
-                if wait:
-                    marks[-1].synchronize()
-                elif not marks[-1].query():
-                    return
+            first = _late[0]
+            if not first.is_known(wait=wait):
+                return
             _late.popleft()
-        spans = [_seconds(a, b) for a, b in zip(marks[::2], marks[1::2])]
-        planner.observe(decision, sum(spans))  # type: ignore[attr-defined]
+        first.read()
 
 
 def named(plan: Plan) -> AbstractContextManager[Any]:

@@ -132,6 +132,7 @@ def forward_across(
         y_TM = ops.decode(rows_RM, call.map, call.spread(weights_TK))
         if step.watch is not None:
             step.watch.end(y_TM)
+            setting.watch = step.watch
     setting.last_decision = step.decision
     setting.stats = RoutingStats(step.map, request.routing, agreed=step.agreed, call=call)
     return y_TM

@@ -71,6 +71,7 @@ def experts_forward(
         y_TM = ops.decode(out_RM, map, weights_TK)
         if watch is not None:
             watch.end(y_TM)
+            setting.watch = watch if setting is not DEFAULT else None
     return y_TM.to(hidden_states.dtype)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from tutelx.integrations.spec import ExpertsSpec
 from tutelx.scheduler import default_planner
 from tutelx.stats import RoutingStats
+from tutelx.stopwatch import Stopwatch
 from tutelx.types import Capacity, Decision, Planner
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Setting:
     """Of one module; copies and pickles go without the last call.
 
     previous: the implementation that the library's configuration named before.
-    last_decision, stats: the last call's plan, and its load.
+    last_decision, stats, watch: the last call's plan, its load, and its time if it was timed.
     ranks, spec: where the experts are shared with other ranks, and what they were found to compute before.
     """
 
@@ -30,6 +31,7 @@ class Setting:
         self._planner = planner
         self.last_decision: Decision | None = None
         self.stats: RoutingStats | None = None
+        self.watch: Stopwatch | None = None
         self.ranks: Ranks | None = None
         self.spec: ExpertsSpec | None = None
 
@@ -39,8 +41,12 @@ class Setting:
             self._planner = default_planner()
         return self._planner
 
+    @property
+    def decision(self) -> Decision | None:
+        return self.last_decision
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_decision": None, "stats": None}
+        return {**self.__dict__, "last_decision": None, "stats": None, "watch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from tutelx.integrations.transformers.registry import wrapped_name
