@@ -11,8 +11,7 @@ from tutelx.tuning import strict
 
 RATE_TOLERANCE = 1.5  # measured rates of one kind of machine differ by a factor of up to this
 MEMORY_TOLERANCE = 1.1  # what a driver keeps for itself differs
-_MOST_OCTAVES = 3.0  # what one quantity adds to a distance; what is unknown on one side adds UNKNOWN
-_UNKNOWN = 1.0
+_UNKNOWN = 1.0  # octaves that a quantity counts which only one side knows, or a name that differs
 
 _NAME = r"[A-Za-z0-9_.+-]{0,40}"
 _FIELDS: dict[str, strict.Check] = {
@@ -97,7 +96,7 @@ class Hardware:
     def distance(self, other: Hardware, *, links: bool = True) -> float:
         """Octaves between two machines of one device kind and architecture family; infinite between families.
 
-        |log2| of the ratios of units, cache, memory rate and link rates, each capped, summed; other matrix units, other
+        |log2| of the ratios of units, cache, memory rate and link rates, summed; other matrix units, other
         kinds of links and what is known of one side only count as an octave each.
         """
         if self.device != other.device or family(self) != family(other):
@@ -109,7 +108,7 @@ class Hardware:
             total += _UNKNOWN * sum(
                 getattr(self, name) != getattr(other, name) for name in ("intra_link", "inter_link", "ranks_per_node")
             )
-        return total + sum(min(abs(_octaves(getattr(self, n), getattr(other, n))), _MOST_OCTAVES) for n in names)
+        return total + sum(abs(_octaves(getattr(self, n), getattr(other, n))) for n in names)
 
     def to_json(self) -> dict[str, object]:
         """As a record holds it; what is not known is left out."""

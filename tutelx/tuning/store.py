@@ -49,6 +49,7 @@ class Database:
             raise InvalidValueError(f"layers={names} must differ, and {PROCESS!r} is there anyway")
         self.layers = (*layers, Layer(name=PROCESS))
         self._added: list[Record] = list(records)
+        self._fixed: list[Stored] = []
         self._contents: dict[Path, files.Contents] | None = None
         self._all: list[Stored] | None = None
         self._guard = threading.RLock()
@@ -64,6 +65,13 @@ class Database:
     def of_folders(cls, *roots: Path) -> Database:
         """Of folders that somebody names, later ones counting more."""
         return cls([Layer(name=str(root), root=root) for root in roots])
+
+    @classmethod
+    def of_stored(cls, stored: Iterable[Stored]) -> Database:
+        """In memory, with what another database has found out about its layers."""
+        database = cls()
+        database._fixed = list(stored)
+        return database
 
     def records(self) -> list[Stored]:
         """All records that can be used, in a fixed order, one for each identity (`union.identity`)."""
@@ -125,8 +133,9 @@ class Database:
 
     def _collect(self) -> list[Stored]:
         contents = self._read()
-        found: dict[Identity, Stored] = {}
-        for rank, layer in enumerate(self.layers):
+        found: dict[Identity, Stored] = {identity(each.record): each for each in self._fixed}
+        above = max((each.rank + 1 for each in self._fixed), default=0)
+        for rank, layer in enumerate(self.layers, above):
             if layer.name == PROCESS:
                 records: Iterable[Record] = self._added
             elif layer.root is not None:
