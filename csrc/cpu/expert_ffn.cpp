@@ -68,8 +68,8 @@ Forward forward(const at::Tensor& rows, const Segments& segments, const Weights&
   const at::Tensor up_pre = keep ? buffer_like(hidden) : nothing;
   const Matrix x = matrix_of(rows), y = matrix_of(out), a = matrix_of(hidden);
 
-  const std::vector<Tile> inner = cut(segments, H, size);
-  parallel_items(inner.size(), [&](int64_t i) {
+  const std::vector<Tile> inner = cut(segments, H, size), outer = cut(segments, M, size);
+  const auto into_hidden = [&](int64_t i) {
     const Tile t = inner[i];
     // Where the pre-activations go: kept for the backward, or forgotten with the tile.
     std::vector<T> scratch(keep ? 0 : t.rows * t.cols * (w.gate ? 2 : 1));
@@ -89,15 +89,14 @@ Forward forward(const at::Tensor& rows, const Segments& segments, const Weights&
       activate<T>(act, reinterpret_cast<T*>(g.data) + r * g.row_stride,
                   w.gate ? reinterpret_cast<T*>(u.data) + r * u.row_stride : nullptr,
                   hidden.mutable_data_ptr<T>() + (t.row + r) * H + t.col, t.cols);
-  });
-
-  const std::vector<Tile> outer = cut(segments, M, size);
-  parallel_items(outer.size(), [&](int64_t i) {
+  };
+  const auto out_of_hidden = [&](int64_t i) {
     const Tile t = outer[i];
     const Matrix to = y.block(t.row, t.rows, t.col, t.cols);
     multiply(a.block(t.row, t.rows, 0, H), w.down.matrix(t.expert).block(t.col, t.cols, 0, H).transposed(), to);
     add_bias<T>(to, w.down_bias ? w.down_bias.vector<T>(t.expert) + t.col : nullptr);
-  });
+  };
+  parallel_items_then(inner.size(), into_hidden, outer.size(), out_of_hidden);
   zero_other_rows(out, segments);
   return {out, gate_pre, up_pre};
 }

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "parallel.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -27,30 +28,17 @@ struct Task {
   int64_t a_stride, w_stride, c_stride;  // bytes
 };
 
-// The weights of the next outputs are asked for while these are used: each row of a matrix begins on another page,
-// which the hardware does not foresee. Every block of rows asks for its share, so that memory is never idle.
+// The weights of the next outputs are asked for, into the second cache, while these are used: each row of a matrix
+// begins on another page, which the hardware does not foresee. Without next ones, these are asked for again.
 template <int O>
-struct Ahead {
-  const char* w;
-  int64_t stride;
-  int begin, end;
-
-  Ahead(const Task& t, int64_t row, int64_t output)
-      : w(t.w + (output + O) * t.w_stride), stride(t.w_stride), begin(0), end(0) {
-    if (output + 2 * O > t.outputs) return;
-    const int64_t blocks = (t.rows + kBlock - 1) / kBlock, block = row / kBlock;
-    begin = static_cast<int>(block * O / blocks);
-    end = static_cast<int>((block + 1) * O / blocks);
-  }
-  void ask(int64_t byte) const {
-    for (int o = begin; o < end; ++o) __builtin_prefetch(w + o * stride + byte, 0, 2);
-  }
-};
+TUTELX_INLINE void ask(const char* next, int64_t stride, int64_t byte) {
+  for (int o = 0; o < O; ++o) __builtin_prefetch(next + o * stride + byte, 0, 2);
+}
 
 // out[r][o] = <a[r], w[o]>, 16 lanes at a time, what is left masked.
 template <int R, int O>
 TUTELX_AVX512 inline void block_f32(const Task& t, int64_t row, int64_t output) {
-  const Ahead<O> ahead(t, row, output);
+  const char* const next = t.w + (output + (output + 2 * O <= t.outputs ? O : 0)) * t.w_stride;
   __m512 sum[R][O];
   const float *a[R], *w[O];
   for (int r = 0; r < R; ++r) a[r] = reinterpret_cast<const float*>(t.a + (row + r) * t.a_stride);
@@ -59,7 +47,7 @@ TUTELX_AVX512 inline void block_f32(const Task& t, int64_t row, int64_t output) 
     for (int o = 0; o < O; ++o) sum[r][o] = _mm512_setzero_ps();
   int64_t i = 0;
   for (; i + 16 <= t.inputs; i += 16) {
-    ahead.ask(i * 4);
+    ask<O>(next, t.w_stride, i * 4);
     __m512 x[R];
     for (int r = 0; r < R; ++r) x[r] = _mm512_loadu_ps(a[r] + i);
     for (int o = 0; o < O; ++o) {
@@ -79,6 +67,9 @@ TUTELX_AVX512 inline void block_f32(const Task& t, int64_t row, int64_t output) 
       reinterpret_cast<float*>(t.c + (row + r) * t.c_stride)[output + o] = _mm512_reduce_add_ps(sum[r][o]);
 }
 
+TUTELX_AVX512_BF16 inline __m512bh load_bf16(const uint16_t* p) {
+  return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
+}
 TUTELX_AVX512_BF16 inline __m512bh load_bf16(const uint16_t* p, __mmask32 lanes) {
   return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(lanes, p));
 }
@@ -86,22 +77,28 @@ TUTELX_AVX512_BF16 inline __m512bh load_bf16(const uint16_t* p, __mmask32 lanes)
 // The same on pairs of bfloat16, summed in float32 and rounded once.
 template <int R, int O>
 TUTELX_AVX512_BF16 inline void block_bf16(const Task& t, int64_t row, int64_t output) {
-  const Ahead<O> ahead(t, row, output);
+  const char* const next = t.w + (output + (output + 2 * O <= t.outputs ? O : 0)) * t.w_stride;
   __m512 sum[R][O];
   const uint16_t *a[R], *w[O];
   for (int r = 0; r < R; ++r) a[r] = reinterpret_cast<const uint16_t*>(t.a + (row + r) * t.a_stride);
   for (int o = 0; o < O; ++o) w[o] = reinterpret_cast<const uint16_t*>(t.w + (output + o) * t.w_stride);
   for (int r = 0; r < R; ++r)
     for (int o = 0; o < O; ++o) sum[r][o] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < t.inputs; i += 32) {
-    ahead.ask(i * 2);
-    const int64_t left = t.inputs - i;
-    const __mmask32 lanes = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+  int64_t i = 0;
+  for (; i + 32 <= t.inputs; i += 32) {
+    ask<O>(next, t.w_stride, i * 2);
     __m512bh x[R];
-    for (int r = 0; r < R; ++r) x[r] = load_bf16(a[r] + i, lanes);
+    for (int r = 0; r < R; ++r) x[r] = load_bf16(a[r] + i);
+    for (int o = 0; o < O; ++o) {
+      const __m512bh weight = load_bf16(w[o] + i);
+      for (int r = 0; r < R; ++r) sum[r][o] = _mm512_dpbf16_ps(sum[r][o], x[r], weight);
+    }
+  }
+  if (i < t.inputs) {
+    const __mmask32 lanes = (__mmask32{1} << (t.inputs - i)) - 1;
     for (int o = 0; o < O; ++o) {
       const __m512bh weight = load_bf16(w[o] + i, lanes);
-      for (int r = 0; r < R; ++r) sum[r][o] = _mm512_dpbf16_ps(sum[r][o], x[r], weight);
+      for (int r = 0; r < R; ++r) sum[r][o] = _mm512_dpbf16_ps(sum[r][o], load_bf16(a[r] + i, lanes), weight);
     }
   }
   for (int r = 0; r < R; ++r)

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <thread>
 
 // One binary, compiled for three instruction sets; the loader picks. Needs ELF ifuncs.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -48,6 +49,35 @@ void parallel_items(int64_t n, const Fn& fn) {
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const OneThreadProducts guard;
     for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) fn(i);
+  });
+}
+
+// Calls first(i) for every i in [0, n), and after all of them second(j) for every j in [0, m), as parallel_items does;
+// threads are woken once for both, which takes as long as a small product.
+template <class First, class Second>
+void parallel_items_then(int64_t n, const First& first, int64_t m, const Second& second) {
+  const int64_t threads = std::min<int64_t>(std::max(n, m), at::get_num_threads());
+  if (threads <= 1 || at::in_parallel_region()) {
+    parallel_items(n, first);
+    parallel_items(m, second);
+    return;
+  }
+  std::atomic<int64_t> next{0}, done{0}, then{0};
+  std::atomic<bool> failed{false};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const OneThreadProducts guard;
+    try {
+      for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) {
+        first(i);
+        done.fetch_add(1, std::memory_order_release);
+      }
+      // What is missing is being computed by a thread that runs, so the wait is short.
+      while (done.load(std::memory_order_acquire) < n && !failed.load()) std::this_thread::yield();
+      for (int64_t j = then.fetch_add(1); j < m && !failed.load(); j = then.fetch_add(1)) second(j);
+    } catch (...) {
+      failed.store(true);
+      throw;
+    }
   });
 }
 
