@@ -96,7 +96,9 @@ Forward forward(const at::Tensor& rows, const Segments& segments, const Weights&
     multiply(a.block(t.row, t.rows, 0, H), w.down.matrix(t.expert).block(t.col, t.cols, 0, H).transposed(), to);
     add_bias<T>(to, w.down_bias ? w.down_bias.vector<T>(t.expert) + t.col : nullptr);
   };
-  parallel_items_then(inner.size(), into_hidden, outer.size(), out_of_hidden);
+  int64_t numbers = R * (M + 2 * H);
+  for (int64_t e = 0; e < segments.experts(); ++e) numbers += segments.of[e].size > 0 ? (w.gate ? 3 : 2) * M * H : 0;
+  parallel_items_then(inner.size(), into_hidden, outer.size(), out_of_hidden, numbers * sizeof(T));
   zero_other_rows(out, segments);
   return {out, gate_pre, up_pre};
 }

@@ -52,14 +52,18 @@ void parallel_items(int64_t n, const Fn& fn) {
   });
 }
 
+constexpr int64_t kWakeBytes = 262144;
+
 // Calls first(i) for every i in [0, n), and after all of them second(j) for every j in [0, m), as parallel_items does;
-// threads are woken once for both, which takes as long as a small product.
+// threads are woken once for both, which takes as long as a small product. bytes: that all of them read; a few are read
+// before a second thread is awake.
 template <class First, class Second>
-void parallel_items_then(int64_t n, const First& first, int64_t m, const Second& second) {
-  const int64_t threads = std::min<int64_t>(std::max(n, m), at::get_num_threads());
+void parallel_items_then(int64_t n, const First& first, int64_t m, const Second& second, int64_t bytes) {
+  const int64_t threads = std::min({std::max(n, m), int64_t{at::get_num_threads()}, 1 + bytes / kWakeBytes});
   if (threads <= 1 || at::in_parallel_region()) {
-    parallel_items(n, first);
-    parallel_items(m, second);
+    const OneThreadProducts guard;
+    for (int64_t i = 0; i < n; ++i) first(i);
+    for (int64_t j = 0; j < m; ++j) second(j);
     return;
   }
   std::atomic<int64_t> next{0}, done{0}, then{0};
