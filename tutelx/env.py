@@ -60,6 +60,25 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def is_first_rank() -> bool:
+    """RANK is 0 or unset."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """The environment of one of `world` processes on this machine, as torchrun sets it, on top of this process's own.
+
+    As there, a rank has one thread unless OMP_NUM_THREADS says otherwise; gloo talks over the loopback device unless
+    GLOO_SOCKET_IFNAME does.
+    """
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    defaults = {"OMP_NUM_THREADS": "1"}
+    if os.path.isdir("/sys/class/net/lo"):
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {**defaults, **os.environ, **where, **{name: str(value) for name, value in own.items()}}
+
+
 def planner() -> str:
     """TUTELX_PLANNER: what plans where a layer is given no planner: "lookup" (the default), "online" or "rules".
 

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 
 from tutelx import __version__
-from tutelx.cli import bench, convert, demo, doctor
+from tutelx.cli import bench, convert, demo, doctor, tune
 from tutelx.errors import TutelxError
 
-COMMANDS = (demo, bench, convert, doctor)
+COMMANDS = (demo, tune, bench, convert, doctor)
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -21,6 +21,7 @@ FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 done, 1 a check failed, 2 wrong use, 130 interrupted."""
     args = _parser().parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return args.run(args)
     except TutelxError as error:

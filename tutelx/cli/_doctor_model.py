@@ -21,7 +21,7 @@ from tutelx.wrapping import WrapReport, explain
 def run(model: str, console: Console) -> int:
     """Exit code 1 if an MoE layer would be left alone, or there is none."""
     with console.status(f"building {model} without its weights"):
-        built = _build(model)
+        built = build(model)
         reports = explain(built)
     if not reports:
         console.print(f"{type(built).__name__}: nothing in it looks like an MoE layer")
@@ -51,7 +51,7 @@ def _text(report: WrapReport) -> str:
     return str(report.spec) if report.recognised else f"`{report.attribute}` {report.reason}"
 
 
-def _build(model: str) -> nn.Module:
+def build(model: str) -> nn.Module:
     """On the meta device, so that the largest model costs nothing."""
     if importlib.util.find_spec("transformers") is None:
         raise InvalidValueError(f"model={model!r} needs transformers, which is not installed")

@@ -15,8 +15,8 @@ from tutelx.errors import InvalidValueError
 from tutelx.tuner.search import Found
 from tutelx.tuner.shapes import Shape
 from tutelx.tuning.key import Key
-from tutelx.tuning.records import Candidate, Record, StoredPlan
-from tutelx.types import Plan, Workload
+from tutelx.tuning.records import Candidate, Record
+from tutelx.types import Workload
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,12 +40,12 @@ def table(records: Sequence[Record]) -> Table:
     for name in ("default", "best plan", "best", "gain", "spread", "plans", "turns"):
         out.add_column(name, justify="left" if name == "best plan" else "right")
     for record in records:
-        default, best = default_of(record), record.best
+        default, best = record.by_plan[record.default], record.best
         same = best.plan == record.default
         out.add_row(
             label(record.key),
             seconds(default.median),
-            "default" if same else plan_name(best.plan),
+            "default" if same else str(best.plan),
             seconds(best.median),
             "" if same else f"{gain(best):+.0%}",
             f"{best.spread:.1%}" if not same else "",
@@ -65,17 +65,6 @@ def summary(found: Found, where: str) -> str:
         why = "interrupted" if found.interrupted else "out of time"
         parts.append(f"{why}, {found.left} left: run it again to go on")
     return "; ".join(parts)
-
-
-def plan_name(plan: StoredPlan) -> str:
-    """As a plan prints itself; "tiled" where the tiles are those of the rules."""
-    by_rule = Plan()
-    text = str(plan.plan(by_rule))
-    return text.replace(f"{by_rule.tile_rows}x{by_rule.tile_columns}", "tiled") if plan.tile_rows is None else text
-
-
-def default_of(record: Record) -> Candidate:
-    return next(candidate for candidate in record.candidates if candidate.plan == record.default)
 
 
 def gain(best: Candidate) -> float:
@@ -133,7 +122,7 @@ def _bars(axes: Axes, records: Sequence[Record]) -> None:
     axes.barh(places, ratios, color=colours, height=0.62)
     axes.errorbar(ratios, places, xerr=[r.best.spread for r in records], fmt="none", ecolor="#333333", elinewidth=1)
     for i, record in enumerate(records):
-        name = "default" if record.best.plan == record.default else plan_name(record.best.plan)
+        name = "default" if record.best.plan == record.default else str(record.best.plan)
         axes.text(0.01, i, name, va="center", fontsize=7, color="white")
     axes.axvline(1, color="grey", linewidth=1, linestyle="--")
     axes.set_yticks(places, [label(record.key) for record in records], fontsize=7)

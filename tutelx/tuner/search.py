@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,7 +18,7 @@ from tutelx.tuner.grid import World
 from tutelx.tuner.machine import Machine
 from tutelx.tuner.measure import Interrupted, Options, measure
 from tutelx.tuner.shapes import Shape
-from tutelx.tuner.together import Together
+from tutelx.tuner.together import Clock, Together
 from tutelx.tuning.cost import CostModel
 from tutelx.tuning.key import Key
 from tutelx.tuning.records import Record, StoredPlan
@@ -106,7 +105,8 @@ def search(
 
     before, after: told of each workload, and of its record and whether it was measured just now.
     """
-    found, together, begin = Found(), Together(group, machine.device), time.perf_counter()
+    found, together = Found(), Together(group, machine.device)
+    clock = Clock(together)
     subject: Subject | None = None
     for n, workload in enumerate(what.workloads):
         plans = what.plans(workload, together)
@@ -114,9 +114,8 @@ def search(
         known = store.known(key, machine) if together.rank == 0 else None
         if known is not None and not covers(known, plans):
             known = None
-        spent = what.budget is not None and time.perf_counter() - begin >= what.budget
-        skip, out_of_time = together.first([known is not None, spent])
-        if not skip and out_of_time:
+        [skip] = together.first([known is not None])
+        if not skip and what.budget is not None and clock.elapsed() >= what.budget:
             found.left += 1
             continue
         before(workload)
