@@ -83,6 +83,8 @@ def run_one(group, case: Case) -> Answer:
     x = torch.randn(case.tokens[rank], M, requires_grad=True)
     y = layer(x, adaptive_r=case.degree, a2a_ffn_overlap_degree=case.overlap)
     assert (layer.adaptive_degree, layer.sharded_count) == (case.degree, max(1, -case.count))
+    # With all weights gathered nothing travels that could be cut into chunks.
+    assert layer.last_decision.plan.pipeline_degree == (case.overlap if case.degree else 1)
     (y.square().sum() + y.l_aux).backward()
     named = dict(layer.named_parameters())
     return Answer(
@@ -168,8 +170,7 @@ def cases(world: int) -> list[Case]:
         s = max(1, -count)
         for n, kind in enumerate(kinds):
             for degree in [0, *(r for r in range(1, s + 1) if s % r == 0)]:
-                overlap = 1 if degree == 0 else 1 + n % 2
-                found.append(Case(count=count, tokens=tokens, degree=degree, overlap=overlap, **kind))
+                found.append(Case(count=count, tokens=tokens, degree=degree, overlap=1 + n % 2, **kind))
     return found
 
 
