@@ -12,6 +12,7 @@ import torch
 
 from tutelx import ops
 from tutelx.errors import InvalidValueError
+from tutelx.gates.base import wide
 from tutelx.types import DispatchMap
 
 # What a script carries from routing to encode and decode: E, for each choice the experts, locations and weights [T],
@@ -108,8 +109,8 @@ class fast_dispatcher:
     def decode(self, data: torch.Tensor) -> torch.Tensor:
         """data [E*C, M] or [E, C, M] -> [T, M], the sum over a token's choices. Differentiable in data and weights."""
         map, weights = self._updated()
-        wide = torch.float64 if data.dtype == torch.float64 else torch.float32
-        weights = weights.to(wide) if self.is_postscore else torch.ones_like(weights, dtype=wide)
+        dtype = wide(data.dtype)
+        weights = weights.to(dtype) if self.is_postscore else torch.ones_like(weights, dtype=dtype)
         return ops.decode(data.reshape(-1, data.shape[-1]), map, weights)
 
     def _updated(self) -> tuple[DispatchMap, torch.Tensor]:

@@ -16,6 +16,7 @@ from torch import nn
 from tutelx import env, ops
 from tutelx.dispatch import Dispatch
 from tutelx.errors import InvalidTypeError, InvalidValueError
+from tutelx.gates.base import wide
 from tutelx.integrations.tutel import arguments, counts, loading
 from tutelx.integrations.tutel.custom import CustomExperts, build_experts
 from tutelx.integrations.tutel.dispatcher import scored
@@ -25,6 +26,7 @@ from tutelx.integrations.tutel.planner import AsWritten
 from tutelx.integrations.tutel.ranks import SharedGroup, world_group, world_size
 from tutelx.integrations.tutel.router import Router
 from tutelx.layer import MoEBase
+from tutelx.scheduler import default_planner
 from tutelx.types import AllToAll, Capacity, Planner
 
 if TYPE_CHECKING:
@@ -55,9 +57,10 @@ class MOELayer(MoEBase):
         batch_prioritized_routing: a full expert keeps the tokens with the greatest weights.
         normalize_gate: the weights of a token are divided by their sum, for two choices or more.
         is_gshard_loss: else the loss is that of importance and load, which needs gate_noise.
-        parallel_type: 'adaptive:r' with r among `valid_rs`, 'data' for 1, 'model' for s, 'auto' for what sends least.
+        parallel_type: 'adaptive:r' with r among `valid_rs`, 'data' for 1, 'model' for s; 'auto' leaves it, chunks and
+            steps to `tutelx.scheduler.default_planner`.
         use_2dh: rows travel in two steps, inside of a node and between nodes.
-        planner: chooses the plan of each call in place of what the four arguments above say of it.
+        planner: chooses the plan of each call, whatever other arguments say of degrees, chunks and steps.
 
     The gradients of the experts are those of the sum of the losses of all ranks.
 
@@ -100,9 +103,10 @@ class MOELayer(MoEBase):
             model_dim=model_dim,
             num_experts=num_experts,
             capacity=Capacity.dropless(),
-            planner=planner or AsWritten(),
+            planner=planner,
             batch_prioritized=batch_prioritized_routing or env.is_batch_prioritized(),
         )
+        self._written = None if planner is not None else self.planner
         self._group = SharedGroup(world_group(group))
         self.world_size = world
         self.num_global_experts, self.num_local_experts = num_experts, max(1, num_experts // world)
@@ -219,8 +223,8 @@ class MOELayer(MoEBase):
             router = self._router(gate, factor)
             setting = counts.setting(factor)
             choices = at_most(top_k or gate.top_k, self.num_experts)
-            if isinstance(self.planner, AsWritten):
-                self.planner = self._as_written()
+            if self.planner is self._written:  # and nobody's own
+                self.planner = self._written = self._as_written()
             experts: Any = self.experts
             if not isinstance(experts, BuiltIn):
                 experts = CustomExperts(self.experts, self, reserved)
@@ -252,14 +256,17 @@ class MOELayer(MoEBase):
             ),
         )
 
-    def _as_written(self) -> AsWritten:
+    def _as_written(self) -> Planner:
+        if self.megablocks_size > 0:
+            return AsWritten(ragged=True)
+        if self.ranks is None or self._auto:
+            return default_planner()
         hierarchical = self.use_2dh and self.ranks is not None and self.ranks.mesh.ranks_per_node is not None
         all_to_all: AllToAll = "2dh" if hierarchical else "linear"
         return AsWritten(
-            shard_degree=None if self._auto else self.adaptive_degree,
+            shard_degree=self.adaptive_degree,
             pipeline_degree=self.a2a_ffn_overlap_degree,
             all_to_all=all_to_all,
-            ragged=self.megablocks_size > 0,
         )
 
     def _compute(self, x_TM: torch.Tensor, weights_TK: torch.Tensor, experts: Any, step: Dispatch) -> torch.Tensor:
@@ -274,7 +281,7 @@ class MOELayer(MoEBase):
         else:
             map, weights_TK = call.map, call.spread(weights_TK)
             rows_RO = experts.across(scored(ops.encode(x_TM, map), map.source, weights_TK), call, plan)
-        return ops.decode(rows_RO, map, torch.ones_like(weights_TK, dtype=_wide(rows_RO.dtype)))
+        return ops.decode(rows_RO, map, torch.ones_like(weights_TK, dtype=wide(rows_RO.dtype)))
 
     def _check_input(self, x: torch.Tensor) -> torch.Tensor:
         return x  # as `arguments.tokens` made it
@@ -291,7 +298,3 @@ class MOELayer(MoEBase):
     def extra_repr(self) -> str:
         gates = ", ".join(f"k={gate.top_k}, noise={gate.gate_noise}" for gate in self.gates)
         return f"Top-K(s) = [{gates}], Total-Experts = {self.num_experts} [managed by {self.world_size} device(s)]"
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

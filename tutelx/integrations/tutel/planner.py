@@ -11,7 +11,6 @@ from tutelx.types import AllToAll, Decision, Plan, Workload
 class AsWritten:
     """What the script says of degrees and of the exchange, and by rule what it does not say.
 
-    shard_degree: None leaves that to the rule too.
     ragged: rows that arrived only, where the experts can.
     """
 
@@ -20,13 +19,13 @@ class AsWritten:
     def __init__(
         self,
         *,
-        shard_degree: int | None = 1,
+        shard_degree: int = 1,
         pipeline_degree: int = 1,
         all_to_all: AllToAll = "linear",
         ragged: bool = False,
     ) -> None:
-        self._degree, self._ragged = shard_degree, ragged
-        self.always = Plan(shard_degree=shard_degree or 0, pipeline_degree=pipeline_degree, all_to_all=all_to_all)
+        self._ragged = ragged
+        self.always = Plan(shard_degree=shard_degree, pipeline_degree=pipeline_degree, all_to_all=all_to_all)
         self._rule = RulePlanner()
 
     def plan(self, workload: Workload) -> Decision:
@@ -36,7 +35,12 @@ class AsWritten:
             kernel = "grouped" if "grouped" in workload.expert_kernels else "tiled"
             plan = replace(plan, layout="ragged", expert_kernel=kernel)  # type: ignore[arg-type]
         if workload.world > 1:
-            degree = plan.shard_degree if self._degree is None else self._degree
-            chunks = self.always.pipeline_degree if degree else 1  # with all weights gathered nothing travels
-            plan = replace(plan, shard_degree=degree, pipeline_degree=chunks, all_to_all=self.always.all_to_all)
+            written = self.always
+            chunks = written.pipeline_degree if written.shard_degree else 1  # with all weights gathered nothing travels
+            plan = replace(
+                plan,
+                shard_degree=written.shard_degree,
+                pipeline_degree=chunks,
+                all_to_all=written.all_to_all,
+            )
         return replace(decision, plan=plan, reason=f"{decision.reason}; degrees as the script has them")
