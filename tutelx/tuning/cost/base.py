@@ -1,4 +1,4 @@
-"""What a plan should take, from the rates of a machine."""
+"""The answer of a cost model, and what is asked of one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from tutelx.types import Plan, Workload
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Predicted seconds of one call. total: with what overlaps counted once."""
+    """Predicted seconds of one call.
+
+    total: with what overlaps counted once; without chunks the sum of the parts.
+    compute: products of the gate and the experts. exchange: rows there and back. weights: gathered, and their
+    gradients sent home. memory: passes over rows that are no products.
+    """
 
     total: float
     compute: float
