@@ -10,27 +10,12 @@ from typing import Any
 import torch
 
 import tutelx
-from tutelx.machine import cpu_name
+from tutelx.machine import caches, cpu_name
 
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _MEMORY = Path("/proc/meminfo")
 # Where the system does not tell (containers, macOS): larger than the last-level cache of a laptop.
 FALLBACK_CACHE = 32 * 2**20
 FALLBACK_MEMORY = 4 * 2**30
-
-
-def caches(folder: Path = _CACHES) -> dict[str, int]:
-    """Bytes by level, "L1d" .. "L3"; empty where the system does not tell."""
-    found = {}
-    for index in sorted(folder.glob("index*")):
-        try:
-            level, kind = ((index / name).read_text().strip() for name in ("level", "type"))
-            size = _bytes((index / "size").read_text().strip())
-        except (OSError, ValueError):
-            continue
-        if kind != "Instruction":
-            found[f"L{level}{'d' if kind == 'Data' else ''}"] = size
-    return found
 
 
 def last_level_cache(device: torch.device) -> int:
@@ -73,11 +58,6 @@ def describe(device: torch.device, *, threads: int | None = None) -> dict[str, A
             "cuda": torch.version.cuda,
         }
     return machine
-
-
-def _bytes(text: str) -> int:
-    unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:])
-    return int(text[:-1]) * unit if unit else int(text)
 
 
 def _meminfo(name: str) -> int | None:

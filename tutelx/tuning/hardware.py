@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field
 from tutelx.errors import InvalidValueError
 from tutelx.tuning import strict
 
-RATE_TOLERANCE = 1.5  # measured rates of one kind of machine differ by a factor of up to this
+RATE_TOLERANCE = 1.5  # memory rates of one kind of card differ by a factor of up to this, ...
+SHARED_TOLERANCE = 3.0  # ... those of a CPU, which others use too, by this, ...
+LINK_TOLERANCE = 2.5  # ... and those of links by this
 MEMORY_TOLERANCE = 1.1  # what a driver keeps for itself differs
 _UNKNOWN = 1.0  # octaves that a quantity counts which only one side knows, or a name that differs
 
@@ -74,20 +76,20 @@ class Hardware:
     def same_as(self, other: Hardware, *, links: bool = True) -> bool:
         """Whether measurements of one hold for the other.
 
-        What is counted is equal, memory rates within RATE_TOLERANCE, a GPU's memory within MEMORY_TOLERANCE. The
-        memory of a CPU decides what fits and not how fast it runs.
+        What is counted is equal, memory rates within RATE_TOLERANCE, those of CPUs within SHARED_TOLERANCE, and a
+        GPU's memory within MEMORY_TOLERANCE. The memory of a CPU decides what fits and not how fast it runs.
 
-        links: compare the links too, their rates within RATE_TOLERANCE; what runs on one rank uses none.
+        links: compare the links too, their rates within LINK_TOLERANCE; what runs on one rank uses none.
         """
         counted = ("device", "arch", "units", "cache_bytes", "matrix_unit")
         linked = ("intra_link", "inter_link", "ranks_per_node") if links else ()
         if any(getattr(self, name) != getattr(other, name) for name in counted + linked):
             return False
-        tolerances = {"memory_rate": RATE_TOLERANCE}
+        tolerances = {"memory_rate": SHARED_TOLERANCE}
         if self.device != "cpu":
-            tolerances["memory_bytes"] = MEMORY_TOLERANCE
+            tolerances = {"memory_rate": RATE_TOLERANCE, "memory_bytes": MEMORY_TOLERANCE}
         if links:
-            tolerances |= {"intra_rate": RATE_TOLERANCE, "inter_rate": RATE_TOLERANCE}
+            tolerances |= {"intra_rate": LINK_TOLERANCE, "inter_rate": LINK_TOLERANCE}
         return all(
             abs(_octaves(getattr(self, name), getattr(other, name))) <= math.log2(tolerance) + 1e-9
             for name, tolerance in tolerances.items()
