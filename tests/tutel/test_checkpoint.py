@@ -74,6 +74,25 @@ def test_each_rank_by_hand(num_experts, world):
     same(gather_states(states), whole(num_experts))
 
 
+def test_slices_as_the_scatter_of_tutel_writes_them():
+    """[E, H, M] of two experts on four ranks: half of the rows of one, as [H, M/2]."""
+    shapes = {"batched_fc1_w": (2, 4, 6), "batched_fc2_w": (2, 4, 2), "batched_fc1_bias": (2, 4)}
+    even = OrderedDict({"moe._num_global_experts": torch.tensor(2)})
+    for name, shape in shapes.items():
+        even[f"moe.experts.{name}"] = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    files = []
+    for rank in range(4):
+        own = OrderedDict(even)
+        for key in [key for key in own if ".experts." in key]:
+            rows = own[key][rank // 2].chunk(2)[rank % 2]
+            own[key] = rows.reshape(*even[key].shape[1:-1], even[key].shape[-1] // 2)
+        files.append(own)
+    same(gather_states(files), even)
+    early = [{"moe.experts.batched_fc1_w": torch.ones(3, 4, 2)}] * 2
+    with pytest.raises(ValueError, match="which is not 1 experts"):
+        gather_states(early, default_num_experts=1)
+
+
 def test_2_1_4_1_by_command(tmp_path):
     folder = tmp_path / "states"
     folder.mkdir()

@@ -3,6 +3,9 @@
 Symbols: E experts, W ranks, s = W/E slices of each expert where there are more ranks than experts, else 1. An expert
 tensor is [E, ...]; with s > 1 a rank has one slice [1, ...] of one expert. A vector holds all numbers of all experts of
 a rank one after another, and an expert's are padded with zeros at the end so that s divides them.
+
+Tutel's own scatter writes slices squeezed: the same numbers, without the dimension of one expert, and shaped as if the
+last dimension had been cut.
 """
 
 from __future__ import annotations
@@ -28,8 +31,15 @@ def slices_of(num_experts: int, world: int) -> int:
     raise InvalidValueError(f"neither of {num_experts} experts and {world} ranks divides the other")
 
 
-def join(name: str, parts: Sequence[torch.Tensor], num_experts: int) -> torch.Tensor:
+def is_squeezed(part: torch.Tensor, slices: int) -> bool:
+    """Whether a slice can only be one that Tutel's scatter wrote; then all of its layer are."""
+    return slices > 1 and part.dim() > 1 and part.shape[0] != 1
+
+
+def join(name: str, parts: Sequence[torch.Tensor], num_experts: int, *, squeezed: bool = False) -> torch.Tensor:
     """The tensor of all experts, of all ranks' parts in their order.
+
+    squeezed: the parts are slices as :func:`is_squeezed`.
 
     Raises:
         InvalidTypeError: a part is no tensor.
@@ -43,6 +53,9 @@ def join(name: str, parts: Sequence[torch.Tensor], num_experts: int) -> torch.Te
         raise InvalidValueError(f"{name} differs from rank to rank: {' and '.join(map(str, sorted(found)))}")
     slices = slices_of(num_experts, len(parts))
     shape = tuple(parts[0].shape)
+    if squeezed and shape:
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        return flat.view(num_experts, *shape[:-1], shape[-1] * slices)
     is_vector = _is_flat(shape)
     if not is_vector and (not shape or shape[0] * len(parts) != num_experts * slices):
         raise InvalidValueError(

@@ -34,8 +34,9 @@ def gather_states(states: Sequence[State], default_num_experts: int = 0) -> Stat
         InvalidTypeError: an expert's value is no tensor.
     """
     first = states[0]
-    counts = num_experts(first)
+    counts, recorded = num_experts(first), True
     if not counts:
+        recorded = False
         counts = dict.fromkeys(_early_prefixes(first), default_num_experts)
         if not counts or default_num_experts < 1:
             raise InvalidValueError(
@@ -53,8 +54,13 @@ def gather_states(states: Sequence[State], default_num_experts: int = 0) -> Stat
         different = [key for key in shared if not _same(first[key], state[key])]
         if different:
             log.warning("rank %d has another %s than rank 0, whose value is kept", rank, ", ".join(different))
+    slices = {prefix: layout.slices_of(count, len(states)) for prefix, count in counts.items()}
+    tensors = {key: first[key] for key in owned if isinstance(first[key], torch.Tensor)}
+    # Without a count in the file such a shape rather tells that the one given is wrong.
+    squeezed = {owned[key] for key, t in tensors.items() if recorded and layout.is_squeezed(t, slices[owned[key]])}
     for key, prefix in owned.items():
-        first[key] = layout.join(key, [state[key] for state in states], counts[prefix])
+        parts = [state[key] for state in states]
+        first[key] = layout.join(key, parts, counts[prefix], squeezed=prefix in squeezed)
     for key in owned:
         first[key] = layout.without_padding(first, key)
     return first
