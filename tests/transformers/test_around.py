@@ -146,6 +146,40 @@ def test_fully_sharded():
         dist.destroy_process_group()
 
 
+def test_export_of_the_evaluation_path():
+    model, _ = pair(dtype=torch.float32)
+    ids = tokens()
+    with torch.no_grad():
+        program = torch.export.export(model.eval(), (), {"input_ids": ids, "use_cache": False}).module()
+        torch.testing.assert_close(program(input_ids=ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+def trained(group) -> list[torch.Tensor]:
+    """Parameters after two steps on this rank's own sequence."""
+    model = pair(dtype=torch.float32)[0].train()
+    parallel = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+    return steps(parallel, lambda ids: ids[dist.get_rank(group) :][:1])
+
+
+def steps(model, share) -> list[torch.Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        ids = share(tokens())
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.slow
+def test_distributed_data_parallel(ranks):
+    """Two ranks with one sequence each take the steps that one process takes with both."""
+    expected = steps(pair(dtype=torch.float32)[1].train(), lambda ids: ids[:2])
+    for given in ranks(2).run(trained):
+        for ours, theirs in zip(given, expected):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_a_loop_of_accelerate():
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     planner = Counting()
