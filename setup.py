@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 
 def toolkit_root() -> str | None:
@@ -82,7 +83,19 @@ def many_ranks():
     return CppExtension("tutelx._comm", files, extra_compile_args={"cxx": [*CXX, "-fvisibility=hidden"]})
 
 
+class WithMeasurements(build_py):
+    """Takes the shipped tuning database along; one run from its sources finds it beside the package."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            for path in sorted((ROOT / "tuning_db").glob("*/*.jsonl")):
+                target = Path(self.build_lib) / "tutelx" / path.relative_to(ROOT)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+
+
 setup(
     ext_modules=[operators(), *([] if os.environ.get("TUTELX_PYTHON_API") == "0" else [calls(), many_ranks()])],
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True), "build_py": WithMeasurements},
 )

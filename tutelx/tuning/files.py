@@ -60,12 +60,18 @@ def path_of(root: Path, record: Record) -> Path:
 def files_in(root: Path) -> list[Path]:
     """The files of a database, in order; links that lead out of it, and what has another form of name, are not."""
     try:
-        whole = root.resolve()
-        found = [path for folder in root.iterdir() if _FOLDER.fullmatch(folder.name) for path in folder.glob("*.jsonl")]
-        inside = [path for path in found if path.resolve().is_relative_to(whole)]
-    except (OSError, RuntimeError):
+        folders = [folder for folder in root.iterdir() if _FOLDER.fullmatch(folder.name)]
+    except OSError:
         return []
-    return sorted(path for path in inside if re.fullmatch(OP, path.stem, re.ASCII))
+    found = [path for folder in folders for path in folder.glob("*.jsonl") if _lies_in(root, path)]
+    return sorted(path for path in found if re.fullmatch(OP, path.stem, re.ASCII))
+
+
+def _lies_in(root: Path, path: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # a link to itself
+        return False
 
 
 def read(path: Path) -> Contents:

@@ -82,6 +82,6 @@ def _ordered(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
 
 def _same_version(a: str, b: str) -> bool:
     try:
-        return Version(a).public == Version(b).public
+        return Version(Version(a).public) == Version(Version(b).public)
     except InvalidVersion:
         return a == b
