@@ -45,6 +45,42 @@ def cases(world: int, num_experts: int) -> list[Case]:
     ]
 
 
+def hierarchical(linear: list[Case], world: int) -> list[Case]:
+    """The same on nodes of every size, of four ranks mostly as two nodes of two."""
+    sizes = [m for m in (1, 2, 4) if m <= world]
+    if world == 4:
+        sizes = [1, 2, 2, 2, 2, 4, 2, 2, 2, 2]
+    return [
+        replace(case, plan=replace(case.plan, all_to_all="2dh"), ranks_per_node=m)
+        for case, m in zip(linear, itertools.cycle(sizes))
+    ]
+
+
+def coordinates(tried: list[Case]) -> set[tuple[int, int, str, str]]:
+    plans = [case.plan for case in tried]
+    return {(plan.shard_degree, plan.pipeline_degree, plan.layout, plan.all_to_all) for plan in plans}
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 4, 6, 8])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_cases_are_all_there_are(world, num_experts):
+    linear = cases(world, num_experts)
+    tokens_travel = [case for case in linear if case.plan.shard_degree > 0]
+    twins = hierarchical(tokens_travel, world)
+    slices = max(1, world // num_experts)
+    degrees = [r for r in range(1, slices + 1) if slices % r == 0]
+    crossed = set(itertools.product(degrees, (1, 2, 4, 8), ("ragged", "padded"), ("linear", "2dh")))
+    gathered = {(0, 1, "ragged", "linear"), (0, 1, "padded", "linear")}
+    assert coordinates(linear + twins) == crossed | gathered
+    for dtype in (torch.float64, torch.float32):
+        assert coordinates([case for case in linear + twins if case.dtype == dtype]) == crossed | gathered
+    if world == 4:
+        two_by_two = [case for case in twins if case.ranks_per_node == 2]
+        assert coordinates(two_by_two) == {each for each in crossed if each[3] == "2dh"}
+        others = {(case.ranks_per_node, case.plan.layout) for case in twins}
+        assert others == set(itertools.product((1, 2, 4), ("ragged", "padded")))
+
+
 @pytest.mark.parametrize("num_experts", [1, 2, 4, 6, 8])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_plan(ranks, world, num_experts):
@@ -53,12 +89,8 @@ def test_every_plan(ranks, world, num_experts):
     for n, case in enumerate(linear):
         check(case, [answer[n] for answer in answers])
     # The hierarchical exchange gives the bits of the linear one, on nodes of one, two and, where there are, more ranks.
-    per_node = [m for m in (1, 2, 4) if m <= world]
     pairs = [(n, case) for n, case in enumerate(linear) if case.plan.shard_degree > 0]
-    twins = [
-        replace(case, plan=replace(case.plan, all_to_all="2dh"), ranks_per_node=2 if world == 4 and i % 4 else m)
-        for i, ((_, case), m) in enumerate(zip(pairs, itertools.cycle(per_node)))
-    ]
+    twins = hierarchical([case for _, case in pairs], world)
     others = ranks(world).run(run_cases, twins)
     for rank, (given, wanted) in enumerate(zip(others, answers)):
         for (n, _), answer, twin in zip(pairs, given, twins):
