@@ -143,16 +143,21 @@ def _check_own_state(module: nn.Module, path: str) -> None:
 
 def check_hooks(module: nn.Module, path: str) -> None:
     """The module may hold no changes to how it is called or saved. Raises Declined."""
+    check_calls(module, path)
+    for name in ("get_extra_state", "state_dict", "_save_to_state_dict", "_load_from_state_dict"):
+        own = getattr(type(module), name)
+        if own is not getattr(nn.Linear if isinstance(module, nn.Linear) else nn.Module, name):
+            raise Declined(_join(path, name), "is overridden: the checkpoint would not stay the same")
+
+
+def check_calls(module: nn.Module, path: str) -> None:
+    """The module may hold no changes to how it is called. Raises Declined."""
     for hooks in _HOOKS:
         if getattr(module, hooks, None):
             raise Declined(_join(path, hooks), f"holds hooks of {type(module).__name__}, which would no longer run")
     for name in ("forward", "__call__"):
         if name in vars(module):
             raise Declined(_join(path, name), "is replaced on this very object")
-    for name in ("get_extra_state", "state_dict", "_save_to_state_dict", "_load_from_state_dict"):
-        own = getattr(type(module), name)
-        if own is not getattr(nn.Linear if isinstance(module, nn.Linear) else nn.Module, name):
-            raise Declined(_join(path, name), "is overridden: the checkpoint would not stay the same")
 
 
 def _check_experts(experts: nn.ModuleList, path: str) -> None:

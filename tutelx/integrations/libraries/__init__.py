@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import nn
 
-from tutelx.integrations.libraries import deepspeed, fairseq, megablocks, mixture_of_experts, st_moe
+from tutelx.integrations.libraries import deepspeed, fairseq, megablocks, mixture_of_experts, st_moe, tutel
 from tutelx.integrations.libraries.confirm import keeps_dtype, mismatch
 from tutelx.integrations.libraries.replacement import LibraryMoE
 from tutelx.integrations.sandbox import Sandbox
@@ -35,7 +35,7 @@ class Library(Protocol):
     def find_spec(self, layer: nn.Module) -> LibrarySpec: ...
 
 
-_LIBRARIES: tuple[Library, ...] = (deepspeed, st_moe, mixture_of_experts, megablocks, fairseq)
+_LIBRARIES: tuple[Library, ...] = (deepspeed, st_moe, mixture_of_experts, megablocks, fairseq, tutel)
 
 
 def is_candidate(layer: nn.Module) -> bool:

@@ -252,21 +252,21 @@ class LlamaFFNNetwork(BuiltIn):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         for name in self._shapes:
-            self.get_parameter(name).normal_(0, 0.01)
+            getattr(self, name).normal_(0, 0.01)
 
     def weights(self) -> ops.ExpertWeights:
         gate, up, down = (w.transpose(1, 2) for w in self.whole())  # type: ignore[union-attr]
         return ops.ExpertWeights(gate=(gate,), up=(up,), down=(down,))
 
     def whole(self) -> Weights:
-        return tuple(self.get_parameter(name).view(shape) for name, shape in self._shapes.items())
+        return tuple(getattr(self, name).view(shape) for name, shape in self._shapes.items())
 
     def gathered(self, call: RankCall, degree: int) -> Weights:
         assert self.ranks is not None
         placement, rank = self.ranks.placement, self.ranks.mesh.rank
         s = placement.slices
         size = self.ranks.mesh.world if degree == 0 else s
-        parts = gather([self.get_parameter(name) for name in self._shapes], self.ranks, call, size)
+        parts = gather([getattr(self, name) for name in self._shapes], self.ranks, call, size)
         experts = size // s * self.num_local
         gate, up, down = (
             # The numbers of an expert fill its s ranks up, and those of the next begin on the next rank.

@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tutelx import env, ops
+from tutelx import env
 from tutelx.dispatch import Dispatch
 from tutelx.errors import InvalidTypeError, InvalidValueError
-from tutelx.gates.base import wide
 from tutelx.integrations.tutel import arguments, counts, loading
 from tutelx.integrations.tutel.custom import CustomExperts, build_experts
-from tutelx.integrations.tutel.dispatcher import scored
 from tutelx.integrations.tutel.experts import BuiltIn
 from tutelx.integrations.tutel.gates import at_most, build_gates
 from tutelx.integrations.tutel.planner import AsWritten
+from tutelx.integrations.tutel.prescore import compute_prescored
 from tutelx.integrations.tutel.ranks import SharedGroup, world_group, world_size
 from tutelx.integrations.tutel.router import Router
 from tutelx.layer import MoEBase
@@ -270,18 +269,12 @@ class MOELayer(MoEBase):
         )
 
     def _compute(self, x_TM: torch.Tensor, weights_TK: torch.Tensor, experts: Any, step: Dispatch) -> torch.Tensor:
-        call, map, plan = step.call, step.map, step.decision.plan
-        self.dispatch_count = map.counts  # experts may look at both
-        if call is not None:
-            self.adaptive_degree = plan.shard_degree
+        self.dispatch_count = step.map.counts  # experts may look at both
+        if step.call is not None:
+            self.adaptive_degree = step.decision.plan.shard_degree
         if self.is_postscore:
             return super()._compute(x_TM, weights_TK, experts, step)
-        if call is None:
-            rows_RO = experts(scored(ops.encode(x_TM, map), map.source, weights_TK), map, plan)
-        else:
-            map, weights_TK = call.map, call.spread(weights_TK)
-            rows_RO = experts.across(scored(ops.encode(x_TM, map), map.source, weights_TK), call, plan)
-        return ops.decode(rows_RO, map, torch.ones_like(weights_TK, dtype=wide(rows_RO.dtype)))
+        return compute_prescored(x_TM, weights_TK, experts, step)
 
     def _check_input(self, x: torch.Tensor) -> torch.Tensor:
         return x  # as `arguments.tokens` made it

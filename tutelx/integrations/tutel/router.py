@@ -46,7 +46,7 @@ class Router:
             noisy = logits + self.noise * torch.randn_like(logits) / self.num_experts
         gated = ops.gate(noisy, top_k, normalize=self.normalize and top_k > 1)
         if self.gshard:
-            loss = switch_balance(gated.expert_ids, gated.score_sum)
+            loss = switch_balance(gated.expert_ids, gated.score_sum).to(logits.dtype)
         else:
             chosen = noisy.gather(1, gated.expert_ids.long())
             loss = load_importance_loss(F.softmax(logits, dim=1), chosen, self.num_experts, self.noise)
