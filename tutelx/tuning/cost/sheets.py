@@ -2,13 +2,14 @@
 
 Datasheet facts are those of NVIDIA's data sheets: A100 80GB SXM (312 and 156 TFLOP/s dense in 16 bits and TF32, 2.039
 TB/s, NVLink 600 GB/s both ways), H100 SXM (989, 494, 3.35 TB/s, 900 GB/s), H200 (the same, 4.8 TB/s) and DGX B200 (one
-GPU of it: 2250, 1125, 8 TB/s, 1800 GB/s). Five shares of such facts are fitted, all on the sheet a100-hdr and to
-figures that Tutel's paper prints; the other GPU sheets take the same shares, as nothing was measured on them:
+GPU of it: 2250, 1125, 8 TB/s, 1800 GB/s). Seven constants are fitted, all on the sheet a100-hdr and to figures that
+Tutel's paper prints; the other GPU sheets take the same ones, as nothing was measured on them:
 
 - PRODUCTS: 371.8 and 375.1 ms of compute in its one-layer table.
 - LINKS and CONTENTION: the exchange of that table at 16 and 256 GPUs; 64 is held out.
-- MESSAGE and INTERFERENCE, with the steepness of contention in links.py: so that the best linear degree, and linear
-  against two steps, change where the paper says.
+- STEEPNESS (links.py): two steps against linear at 2048 GPUs.
+- MESSAGE, INTERFERENCE and STRIDED (links.py): so that the best linear degree, and linear against two steps, change
+  where the paper says.
 
 What else is no datasheet fact is an estimate, and says so below.
 """
