@@ -4,8 +4,10 @@ from dataclasses import dataclass, replace
 
 from tutelx.tuning.hardware import Hardware
 from tutelx.tuning.key import Key
+from tutelx.tuning.lookup import Lookup
 from tutelx.tuning.records import Candidate, Record, StoredPlan
-from tutelx.types import Plan, Workload
+from tutelx.tuning.store import Database
+from tutelx.types import Decision, Plan, Workload
 
 HARDWARE = Hardware(device="cpu", arch="x86_64", units=2, memory_bytes=2**33, memory_rate=10.0, cache_bytes=2**25)
 DEFAULT = StoredPlan(layout="ragged", expert_kernel="tiled")
@@ -48,22 +50,28 @@ def record(*candidates: Candidate, key: Key | None = None, default: StoredPlan =
     )
 
 
+def known(*records: Record) -> Lookup:
+    return Lookup(Database(records=records), HARDWARE)
+
+
 @dataclass
 class Found:
-    record: Record
+    plan: Plan
     tier: str = "exact"
-    reason: str = "this very key"
+    reason: str = "as measured"
+    predicted: float | None = None
+    measured: float | None = None
 
 
 class Shelf:
-    """Answers every key with the same record. asked: how often."""
+    """Answers every key alike, None with the rules. asked: how often."""
 
     def __init__(self, found: Found | None) -> None:
         self.found, self.asked = found, 0
 
-    def find(self, key: Key) -> Found | None:
+    def find(self, key: Key, workload: Workload, rule: Decision) -> Found:
         self.asked += 1
-        return self.found
+        return Found(rule.plan, "default") if self.found is None else self.found
 
 
 def plan(stored: StoredPlan, **change) -> Plan:

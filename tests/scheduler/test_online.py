@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.cases import tensor
-from tests.scheduler.cases import Found, Shelf, candidate, plan, record
+from tests.scheduler.cases import HARDWARE, Found, Shelf, plan
 from tutelx import Capacity, MoE, Plan, Scheduler
 from tutelx.gates import ExpertChoice
 from tutelx.planner import RulePlanner
@@ -21,8 +21,8 @@ EXPLORING = Exploring(rounds=2, warmup=1, window=3)
 class Told(Scheduler):
     """Its clock is a table: seconds by expert kernel and layout. told: what it was told, plan by plan."""
 
-    def __init__(self, db=None, mode="online", *, exploring=EXPLORING, **more):
-        super().__init__(db, mode, exploring=exploring, **more)
+    def __init__(self, db=(), mode="online", *, exploring=EXPLORING, **more):
+        super().__init__(db, mode, exploring=exploring, **{"hardware": HARDWARE, **more})
         self.cost = {"ragged/tiled": 1.0, "padded/tiled": 3.0, "padded/bmm": 0.5}
         self.told = []
 
@@ -151,12 +151,12 @@ def test_what_became_slow_is_examined_again():
 
 
 def test_what_was_measured_is_not_explored():
-    planner = Told(Shelf(Found(record(candidate(BMM, 0.5, median=0.5)))))
+    planner = Told(Shelf(Found(plan(BMM), measured=0.5)))
     layer = moe(planner)
     plans = set(train(layer, 2)[1])
     assert {p.expert_kernel for p in plans} == {"bmm"}
     assert layer.last_decision.source == "exact"
-    near = Told(Shelf(Found(record(candidate(BMM, 0.5)), "nearest", "one octave off")))
+    near = Told(Shelf(Found(plan(BMM), "nearest")))
     layer = moe(near)
     train(layer, 1)
     assert layer.last_decision.source == "online"

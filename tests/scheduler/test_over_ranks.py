@@ -6,9 +6,12 @@ import torch.distributed as dist
 
 from tests.cases import tensor
 from tests.comm.test_failures import caught
+from tests.scheduler.cases import HARDWARE, candidate, known, record
 from tutelx import Capacity, MoE, Plan, Scheduler
 from tutelx.planner import RulePlanner
 from tutelx.scheduler import Exploring
+from tutelx.tuning.key import Key
+from tutelx.tuning.records import StoredPlan
 
 FEW = Exploring(rounds=2, warmup=0, window=2)
 
@@ -51,7 +54,7 @@ def losses(group, planner, steps):
 
 
 def explored(group):
-    online = losses(group, Told(mode="online", exploring=FEW), 30)
+    online = losses(group, Told([], "online", exploring=FEW, hardware=HARDWARE), 30)
     return online, losses(group, RulePlanner(), 30)
 
 
@@ -69,7 +72,7 @@ def test_ranks_explore_together_and_every_step_is_correct(ranks):
 
 def settings_differ(group, ours, theirs):
     mine = theirs if dist.get_rank(group) == 1 else ours
-    planner = RulePlanner() if mine is None else Scheduler(**mine)
+    planner = RulePlanner() if mine is None else Scheduler([], **mine)
     moe = layer(group, planner)
     first = caught(moe, tensor(5, 4, dtype=torch.float64))
     moe.planner = RulePlanner()
@@ -97,7 +100,7 @@ def test_settings_that_differ(ranks, ours, theirs, text):
 
 
 def one_cannot_read(group, which):
-    planner = Scheduler()
+    planner = Scheduler([])
 
     def broken(*_):
         raise OSError("no such disk")
@@ -123,12 +126,12 @@ def test_a_rank_that_fails_to_join(ranks, which):
 
 def one_joined_before(group):
     """Rank 1 goes on with a planner that has met, rank 0 brings a new one."""
-    planner = Scheduler()
+    planner = Scheduler([])
     moe = layer(group, planner)
     x = tensor(5, 4, dtype=torch.float64)
     moe(x)
     if dist.get_rank(group) == 0:
-        moe.planner = Scheduler()
+        moe.planner = Scheduler([])
     first = caught(moe, x)
     moe.planner = planner
     return first, caught(moe, x)
@@ -145,7 +148,7 @@ def messages(group):
     """Of the second call: how often ranks talk about it."""
     from tutelx.comm import agreement
 
-    moe = layer(group, Scheduler())
+    moe = layer(group, Scheduler([]))
     x = tensor(5, 4, dtype=torch.float64)
     moe(x)
     counted, gather = [], agreement._gather
@@ -159,3 +162,41 @@ def messages(group):
 
 def test_a_call_costs_one_message(ranks):
     assert ranks(2).run(messages) == [1, 1]
+
+
+def databases_differ(group, records):
+    """Each rank has a database of its own."""
+    rank = dist.get_rank(group)
+    planner = Scheduler(known(*([] if records[rank] is None else [records[rank]])))
+    moe = layer(group, planner)
+    x = tensor(5, 4, dtype=torch.float64, seed=rank)
+    first = moe(x)
+    decision = moe.last_decision
+    moe.planner = RulePlanner()
+    torch.testing.assert_close(moe(x), first, rtol=1e-9, atol=1e-12)
+    return decision.plan, decision.source, decision.workload
+
+
+def asked(group):
+    moe = layer(group, RulePlanner())
+    moe(tensor(5, 4, dtype=torch.float64, seed=dist.get_rank(group)))
+    return moe.last_decision.workload
+
+
+def test_all_ranks_answer_from_the_database_of_rank_0(ranks):
+    key = Key.of(ranks(2).run(asked)[0])
+    default = StoredPlan(layout="ragged", expert_kernel="tiled", shard_degree=1)
+    slices = {
+        degree: StoredPlan(
+            layout="ragged", expert_kernel="tiled", shard_degree=0, tile_rows=64 * degree, tile_columns=256
+        )
+        for degree in (1, 2)
+    }
+    ours, theirs = (record(candidate(slices[d], 0.5), key=key, default=default) for d in (1, 2))
+    for records in ([ours, theirs], [ours, None]):
+        answers = ranks(2).run(databases_differ, records)
+        assert {plan for plan, _, _ in answers} == {slices[1].plan(Plan())}
+        assert {source for _, source, _ in answers} == {"exact"}
+    answers = ranks(2).run(databases_differ, [None, theirs])
+    assert {plan for plan, _, _ in answers} == {RulePlanner().plan(answers[0][2]).plan}
+    assert {source for _, source, _ in answers} == {"default"}

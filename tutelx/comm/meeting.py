@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -44,6 +44,15 @@ class Meeting:
         """What fails in here is told to the others, in what they call next."""
         return announced_failure(self._mesh, self._device)
 
+    @contextmanager
+    def losses(self) -> Iterator[None]:
+        """For what talks to the other ranks by itself: its error names those that are lost."""
+        with named_losses(self._mesh, number_of_calls(self._mesh), (self._mesh.group,)):
+            try:
+                yield
+            except RuntimeError as error:
+                raise RankFailedError(f"the ranks do not meet: {error}") from error
+
     def compare(self, **values: Value) -> None:
         """Makes sure that all ranks have the same values, texts of up to 24 bytes; RankMismatchError names both."""
         compare(self._mesh, values, self._device)
@@ -59,12 +68,8 @@ class Meeting:
             return b""
         message = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.rank == 0 else torch.empty(size).byte()
         message = message.to(self._device)
-        group = self._mesh.group
-        with named_losses(self._mesh, number_of_calls(self._mesh), (group,)):
-            try:
-                dist.broadcast(message, dist.get_global_rank(group, 0), group=group)
-            except RuntimeError as error:
-                raise RankFailedError(f"what rank 0 knows did not arrive: {error}") from error
+        with self.losses():
+            dist.broadcast(message, dist.get_global_rank(self._mesh.group, 0), group=self._mesh.group)
         return message.cpu().numpy().tobytes()
 
     def greatest(self, values: Sequence[float]) -> list[float]:

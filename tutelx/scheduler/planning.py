@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tutelx.scheduler.answers import Answer, Knowledge, ruled, runnable
+from tutelx.scheduler.answers import Answer, Knowledge, ruled
 from tutelx.scheduler.explore import Exploration, Exploring, Reduce, Turn, Watch
 from tutelx.scheduler.memo import Bucket, Memo, bucket_of
 from tutelx.stopwatch import in_backward, settle
+from tutelx.tuning.answer import can_run
 from tutelx.tuning.key import Key
 from tutelx.tuning.records import Candidate, StoredPlan
 from tutelx.types import Decision, Workload
@@ -100,7 +101,7 @@ class Planning:
         settled = self._settled.get(_state_of(workload))
         if settled is not None:
             plan, answer = settled[0].plan(ruled(workload)), settled[1]
-            return replace(answer, plan=plan) if runnable(plan, workload) else answer
+            return replace(answer, plan=plan) if can_run(plan, workload) else answer
         return self._knowledge(workload.device).answer(workload)
 
     def _remember(self, bucket: Bucket, workload: Workload) -> _Entry:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, get_args
@@ -14,10 +14,14 @@ import torch
 from tutelx import env
 from tutelx.errors import InvalidValueError
 from tutelx.planner import RulePlanner
-from tutelx.scheduler.answers import Lookup, ruled
+from tutelx.scheduler.answers import Lookup as Finder
+from tutelx.scheduler.answers import ruled
 from tutelx.scheduler.explore import Exploring
 from tutelx.scheduler.planning import Mode, Planning, Timed
 from tutelx.scheduler.sources import Source
+from tutelx.tuning.hardware import Hardware
+from tutelx.tuning.links import probe_links
+from tutelx.tuning.lookup import Lookup
 from tutelx.types import Decision, Plan, Planner, Workload
 
 if TYPE_CHECKING:
@@ -39,13 +43,14 @@ class Scheduler:
 
     Args:
         db: where the measurements are: None: what was shipped, the site's and the user's; a folder or several, later
-            ones counting more; or anything that has `find(key)`.
+            ones counting more, or () for none; a `tutelx.tuning.lookup.Lookup`; or on one process what has its `find`.
         mode: "lookup" answers from the measurements. "online" also tries plans for buckets that were never measured, in
             real steps, of which each is correct whatever its plan; what is found is kept for the process and
             written to the user's database, and watched: a plan that became slower is examined again. "fixed" keeps
             the first answer of every layer shape for ever, or `plan`.
         plan: of mode "fixed", for all layers.
         exploring: how much is tried in mode "online".
+        hardware: the machine whose measurements count; default: this one, as it is found to be.
 
     Raises:
         InvalidValueError: another mode, or a plan in a mode that takes none.
@@ -54,11 +59,12 @@ class Scheduler:
 
     def __init__(
         self,
-        db: Lookup | str | Path | Sequence[str | Path] | None = None,
+        db: Finder | str | Path | Sequence[str | Path] | None = None,
         mode: Mode = "lookup",
         *,
         plan: Plan | None = None,
         exploring: Exploring | None = None,
+        hardware: Hardware | None = None,
     ) -> None:
         if mode not in get_args(Mode):
             raise InvalidValueError(f"mode={mode!r} is none of {get_args(Mode)}")
@@ -66,7 +72,7 @@ class Scheduler:
             raise InvalidValueError(f"plan={plan} was given, but mode={mode!r} chooses plans itself")
         self.mode, self.exploring = mode, exploring or Exploring()
         self.always = plan
-        self._source = Source(db)
+        self._source = Source(db, hardware)
         self._lock = Lock()
         self._here: Planning | None = None
 
@@ -121,17 +127,22 @@ class Scheduler:
             RankFailedError: one did not come or failed, such as rank 0 in reading its database.
         """
         meeting.compare(mode=self.mode, **asdict(self.exploring))
-        device = meeting.device.type
-        data = meeting.share(lambda: self._source.snapshot(device))
+        data = meeting.share(lambda: self._source.snapshot(meeting.device.type, meeting.mesh.world))
         with meeting.failures():
-            knowledge = self._source.restored(data)
+            knowledge, linked = self._source.restored(data)
         meeting.compare(ready=True)
+        links = None
+        if linked or self.mode == "online":
+            with meeting.losses():
+                links = probe_links(meeting.mesh.group, meeting.mesh.ranks_per_node)
+        if linked and links is not None and isinstance(knowledge.lookup, Lookup):
+            knowledge.lookup.hardware = links.of(knowledge.lookup.hardware)
         return Planning(
             self.mode,
             lambda device: knowledge,
             exploring=self.exploring,
             reduce=meeting.greatest,
-            finished=self._source.keep if meeting.rank == 0 else None,
+            finished=partial(self._source.keep, links=links) if meeting.rank == 0 else None,
         )
 
     def _planning(self) -> Planning:
@@ -145,7 +156,8 @@ class Scheduler:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         if self is _default:
             return default_planner, ()
-        return _rebuilt, (self._source.places, self.mode, self.always, self.exploring)
+        source = self._source
+        return _rebuilt, (source.places, self.mode, self.always, self.exploring, source.hardware)
 
     def __repr__(self) -> str:
         return f"Scheduler(mode={self.mode!r})" if self.always is None else f"Scheduler(plan={self.always})"
@@ -171,5 +183,5 @@ def default_planner() -> Planner:
         return _default
 
 
-def _rebuilt(db: Any, mode: Mode, plan: Plan | None, exploring: Exploring) -> Scheduler:
-    return Scheduler(db, mode, plan=plan, exploring=exploring)
+def _rebuilt(db: Any, mode: Mode, plan: Plan | None, exploring: Exploring, hardware: Hardware | None) -> Scheduler:
+    return Scheduler(db, mode, plan=plan, exploring=exploring, hardware=hardware)
