@@ -15,7 +15,8 @@ from tutelx.tuner import measure_key
 from tutelx.tuner.cases import Case, Subject
 from tutelx.tuner.grid import World, workload
 from tutelx.tuner.machine import Machine
-from tutelx.tuner.measure import MOST_REPEATS, Interrupted, Options, command_line, measure
+from tutelx.tuner.measure import MOST_REPEATS, Interrupted, Options, measure
+from tutelx.tuner.provenance import command_line
 from tutelx.tuner.shapes import Shape
 from tutelx.tuning.key import Key
 from tutelx.tuning.records import StoredPlan
@@ -32,7 +33,7 @@ class Told(Machine):
     """Runs each call, and says that it took so long: by plan, in seconds."""
 
     times: dict = field(default_factory=dict)
-    throttling: list = field(default_factory=list)
+    hot: list = field(default_factory=list)
     ran: list = field(default_factory=list)
 
     def timed(self, call):
@@ -40,8 +41,13 @@ class Told(Machine):
         self.ran.append(RAN[-1])
         return self.times.get(RAN[-1], 1.0)
 
-    def throttled(self):
-        return bool(self.throttling and self.throttling.pop(0))
+    @property
+    def timed_plans(self):
+        """Those that ran more than once."""
+        return {plan for plan in self.ran if self.ran.count(plan) > 1}
+
+    def throttling(self):
+        return frozenset({"power brake"}) if self.hot and self.hot.pop(0) else None
 
 
 RAN: list[Plan] = []
@@ -130,7 +136,7 @@ def test_a_plan_that_is_fast_and_wrong_is_never_chosen(monkeypatch, caplog, spoi
         assert wrong.error is None
     else:
         assert wrong.error > 1e-3
-    assert PADDED not in fake.ran
+    assert PADDED not in fake.timed_plans
     assert record.best.plan == StoredPlan.of(BMM)
     assert "is wrong for" in caplog.text
 
@@ -161,12 +167,12 @@ def test_a_plan_that_fails_is_left_out_and_the_default_may_not(monkeypatch, capl
 
 def test_a_throttled_turn_is_discarded_and_repeated():
     # Looked at before and behind each turn; the second turn is throttled behind, the third before.
-    fake = told(throttling=[0, 0, 0, 1, 1, 0])
+    fake = told(hot=[0, 0, 0, 1, 1, 0])
     record = measure_key(WORK, [PADDED], machine=fake, seconds=1e-3)
     assert [c.n for c in record.candidates] == [5, 5]
-    assert record.provenance["discarded"] == "2 turns"
-    with pytest.raises(InvalidValueError, match=f"throttled in {MOST_REPEATS + 1} turns in a row"):
-        measure_key(WORK, [PADDED], machine=told(throttling=[1] * 100), seconds=1e-3)
+    assert (record.provenance["discarded"], record.provenance["throttled"]) == ("2 turns", "power brake")
+    with pytest.raises(InvalidValueError, match=rf"throttled in {MOST_REPEATS + 1} turns in a row \(power brake\)"):
+        measure_key(WORK, [PADDED], machine=told(hot=[1] * 100), seconds=1e-3)
 
 
 def test_an_interrupt_stops_between_two_calls():
@@ -231,7 +237,7 @@ def over_ranks(group, fail):
 
     Case.call = noted
     try:
-        fake = told({plain: 1.0, gathered: 0.5 + 0.3 * rank, chunks: 0.1 + rank}, throttling=[0, rank, 0])
+        fake = told({plain: 1.0, gathered: 0.5 + 0.3 * rank, chunks: 0.1 + rank}, hot=[0, rank, 0])
         record = measure_key(work, [plain, gathered, chunks], group=group, machine=fake, seconds=1e-3, command="c")
     finally:
         Case.call = call

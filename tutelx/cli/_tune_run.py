@@ -24,7 +24,8 @@ from tutelx.tuner import report
 from tutelx.tuner.grid import Grid
 from tutelx.tuner.keep import DatabaseStore
 from tutelx.tuner.machine import Machine
-from tutelx.tuner.measure import Options, command_line
+from tutelx.tuner.measure import Options
+from tutelx.tuner.provenance import command_line
 from tutelx.tuner.search import Found, Search, search, world_here
 from tutelx.tuner.shapes import Shape, shapes_of
 from tutelx.tuning.records import Record

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tutelx.errors import InvalidValueError
 from tutelx.tuner.machine import Machine
-from tutelx.tuning.cost import CostModel
+from tutelx.tuning.cost import CostModel, RateModel, calibrate, sheet_of
 from tutelx.tuning.key import Key
 from tutelx.tuning.records import Record
 from tutelx.tuning.store import Database
@@ -57,5 +57,12 @@ class DatabaseStore:
         """
         self.database.add(record, self._layer)
 
-    def cost_model(self, machine: Machine) -> CostModel | None:
-        return None
+    def cost_model(self, machine: Machine) -> CostModel:
+        """Of this machine, fitted to what was measured on it."""
+        links = bool(machine.hardware.intra_link or machine.hardware.inter_link)
+        records = [
+            stored.record
+            for stored in self.database.records()
+            if stored.record.hardware.same_as(machine.hardware, links=links)
+        ]
+        return RateModel(calibrate(records, sheet_of(machine.hardware)).sheet)

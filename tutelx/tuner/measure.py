@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from pathlib import PurePath
 
 import torch
 import torch.distributed as dist
@@ -19,10 +15,12 @@ from tutelx.tuner.cases import Case, Subject, same_terms
 from tutelx.tuner.check import TOLERANCE, Checker, reference
 from tutelx.tuner.grid import workload_of
 from tutelx.tuner.machine import Machine
+from tutelx.tuner.provenance import load_average, provenance
 from tutelx.tuner.race import Race
 from tutelx.tuner.shapes import Shape
-from tutelx.tuner.together import Clock, Together, load_average
+from tutelx.tuner.together import Clock, Together
 from tutelx.tuning.key import Key
+from tutelx.tuning.nvml import throttled
 from tutelx.tuning.records import Candidate, Record, StoredPlan
 from tutelx.tuning.space import is_legal, legal_plans
 from tutelx.types import Plan, Workload
@@ -136,7 +134,14 @@ def measure(
         default=StoredPlan.of(default, by_rule=default),
         candidates=run.candidates(),
         software=machine.software,
-        provenance=_provenance(run, options, whole.elapsed()),
+        provenance=provenance(
+            command=options.command,
+            seconds=whole.elapsed(),
+            samples=run.samples,
+            load=run.load_before,
+            throttled="not told" if machine.throttling() is None else run.why,
+            discarded=run.discarded,
+        ),
     )
 
 
@@ -150,7 +155,7 @@ class _Run:
         self.errors: dict[int, float] = {}
         self.right: list[int] = []  # indices into plans of those that are timed, the default first
         self.first: dict[int, float] = {}  # seconds of the first call, the slowest rank's
-        self.throttled = 0
+        self.discarded, self.reasons = 0, set[str]()  # turns in which a device was throttled, and why, on this rank
         self.load_before = load_average()
 
     def check(self) -> None:
@@ -174,18 +179,16 @@ class _Run:
     def _error(self, i: int, plan: Plan, checker: Checker) -> float:
         self.case.ready()
         self.together.begin()
-        clock = Clock(self.together)
+        y: list[torch.Tensor] = []
         try:
-            y_TM = self.case.call(plan)
+            seconds = self.machine.timed(lambda: y.append(self.case.call(plan)))
         except (RuntimeError, ValueError, MemoryError) as failure:
             # Over ranks the others have been told; alone, the other plans can still be measured.
             if self.together.group is not None or i == 0:
                 raise
             _log.warning("tune: %s cannot run %s: %s", plan, self.case.workload, failure)
             return math.inf
-        self.together.finish()
-        seconds = clock.elapsed()
-        results = {"y": y_TM, **self.case.gradients()}
+        results = {"y": y.pop(), **self.case.gradients()}
         error, self.first[i] = self.together.most([checker.error(results), seconds])
         if i == 0:
             checker.also(results)
@@ -204,18 +207,18 @@ class _Run:
         clock, repeats = Clock(self.together), 0
         while not race.over(clock.elapsed()):
             order = race.order()
-            before = self.machine.throttled()
+            before = self.machine.throttling()
             samples = [self._timed(self.plans[self.right[n]], calls) for n in order]
-            *samples, slow = self.together.most([*samples, before or self.machine.throttled()])
+            reasons = throttled(before, self.machine.throttling())
+            *samples, slow = self.together.most([*samples, bool(reasons)])
             self._interruptible()
             if slow:
-                self.throttled += 1
+                self.discarded += 1
+                self.reasons |= set(reasons)
                 repeats += 1
                 if repeats <= MOST_REPEATS:
                     continue
-                raise InvalidValueError(
-                    f"the device was throttled in {repeats} turns in a row ({self.machine.reasons()}): let it cool down"
-                )
+                raise InvalidValueError(f"a device was throttled in {repeats} turns in a row ({self.why}): let it cool")
             repeats = 0
             race.add(dict(zip(order, samples)))
         self._race = race
@@ -248,6 +251,11 @@ class _Run:
         return tuple(found)
 
     @property
+    def why(self) -> str:
+        """What throttled a device, as far as this rank knows; "no" if nothing did."""
+        return ", ".join(sorted(self.reasons)) or ("on another rank" if self.discarded else "no")
+
+    @property
     def samples(self) -> int:
         return sum(len(runner.seconds) for runner in self._race.runners)
 
@@ -274,24 +282,3 @@ def _device(workload: Workload, group: dist.ProcessGroup | None) -> torch.device
     if not torch.cuda.is_available():
         raise InvalidValueError(f"device={workload.device!r} of the workload, but torch finds no CUDA device")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _provenance(run: _Run, options: Options, seconds: float) -> dict[str, str]:
-    found = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command_line() if options.command is None else options.command,
-        "seconds": f"{seconds:.1f}",
-        "samples": str(run.samples),
-        "throttled": run.machine.reasons() if run.throttled else "no" if run.machine.tells_throttling else "not told",
-    }
-    if run.throttled:
-        found["discarded"] = f"{run.throttled} turns"
-    if run.load_before is not None:
-        found["load"] = f"{run.load_before:.2f}"
-    return found
-
-
-def command_line(argv: Sequence[str] | None = None) -> str:
-    """What was typed behind "tutelx", or is this process's own, without the folders of this machine."""
-    words = [PurePath(sys.argv[0]).name, *sys.argv[1:]] if argv is None else ["tutelx", *argv]
-    return shlex.join(PurePath(word).name if PurePath(word).is_absolute() else word for word in words)

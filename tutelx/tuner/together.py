@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 
@@ -53,11 +52,3 @@ class Clock:
 
     def elapsed(self) -> float:
         return self._together.first([time.perf_counter() - self._begin])[0]
-
-
-def load_average() -> float | None:
-    """Processes that want a core, over the last minute; None where the system does not tell."""
-    try:
-        return os.getloadavg()[0]
-    except (OSError, AttributeError):
-        return None
