@@ -53,7 +53,10 @@ class LinkedExperts:
     layouts: tuple[Layout, ...] = ("ragged", "padded")
     expert_kernels: tuple[ExpertKernel, ...] = ("tiled",)
 
-    def __init__(self, modules: nn.ModuleList, formula: ExpertFormula, *, zero_unused: bool = True) -> None:
+    def __init__(
+        self, modules: nn.ModuleList, formula: ExpertFormula, *, zero_unused: bool = True, plain: bool = False
+    ) -> None:
+        self.plain = plain
         self.modules = modules
         self.formula = formula
         self.zero_unused = zero_unused
@@ -83,7 +86,7 @@ class LinkedExperts:
         if weights is None:
             return call_each(self.modules, rows, map, skip_empty=not self.zero_unused)
         activation, zero_unused = self.formula.activation, self.zero_unused
-        return run_network(rows, map, weights, plan, activation=activation, zero_unused=zero_unused)
+        return run_network(rows, map, weights, plan, activation=activation, zero_unused=zero_unused, plain=self.plain)
 
     def weights(self) -> ops.ExpertWeights | None:
         """What the modules hold now; None if one of them no longer is what the formula says."""

@@ -18,9 +18,15 @@ def run_network(
     *,
     activation: Activation,
     zero_unused: bool = True,
+    plain: bool = False,
 ) -> torch.Tensor:
-    """rows [R, M] -> [R, M] by the kernel that the plan names; under autocast the weights are cast to rows' dtype."""
+    """rows [R, M] -> [R, M] by the kernel that the plan names; under autocast the weights are cast to rows' dtype.
+
+    plain: expert by expert in plain torch, whose backward makes no gradient that nobody asked for.
+    """
     weights = weights.to(rows.dtype)
+    if plain:
+        return expert_products(rows, map, weights, kernel="tiled", activation=activation, zero_unused=zero_unused)
     if plan.expert_kernel == "tiled" and rows.device.type == "cpu":
         return ops.expert_ffn(
             rows,
@@ -42,8 +48,8 @@ class StackedExperts:
     layouts: tuple[Layout, ...] = ("ragged", "padded")
     expert_kernels: tuple[ExpertKernel, ...] = ("tiled", "bmm")
 
-    def __init__(self, weights: ops.ExpertWeights, activation: Activation) -> None:
-        self.weights, self.activation = weights, activation
+    def __init__(self, weights: ops.ExpertWeights, activation: Activation, *, plain: bool = False) -> None:
+        self.weights, self.activation, self.plain = weights, activation, plain
 
     @property
     def hidden_dim(self) -> int:
@@ -61,4 +67,4 @@ class StackedExperts:
 
     def __call__(self, rows: torch.Tensor, map: DispatchMap, plan: Plan) -> torch.Tensor:
         """rows [R, M] -> [R, M]."""
-        return run_network(rows, map, self.weights, plan, activation=self.activation)
+        return run_network(rows, map, self.weights, plan, activation=self.activation, plain=self.plain)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, tor
 GRADIENT_TOLERANCE = {**TOLERANCE, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 # Gradients that cancel to nothing are noise: they count relative to this share of the largest gradient.
 _NOISE_FLOOR = 1e-2
+# Of the gradients that exist at one time while layers are compared.
+_LEAST_GRADIENT_BYTES, _GRADIENT_SHARE = 2**20, 16
 _PIECE = 2**26  # elements compared at a time
 
 Gradients = Mapping[str, "torch.Tensor | None"]
@@ -60,6 +63,14 @@ def gradients(
         return y, dict.fromkeys(["", *wanted])
     grads = torch.autograd.grad((y * weigh).sum(), [leaf, *wanted.values()], allow_unused=True)
     return y.detach(), dict(zip(["", *wanted], grads))
+
+
+def within(layer: nn.Module, names: Sequence[str]) -> list[str]:
+    """The first of the named parameters whose gradients together are small beside the layer; one at least."""
+    sizes = {name: parameter.numel() * parameter.element_size() for name, parameter in layer.named_parameters()}
+    most = max(_LEAST_GRADIENT_BYTES, sum(sizes.values()) // _GRADIENT_SHARE)
+    sums = itertools.accumulate(sizes[name] for name in names)
+    return [name for name, total in zip(names, sums) if total <= most] or list(names[:1])
 
 
 def largest_error(given: Gradients, expected: Gradients, vanishing: Collection[str] = ()) -> tuple[float, str]:

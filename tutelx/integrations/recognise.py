@@ -9,7 +9,7 @@ from torch import nn
 
 from tutelx.integrations import llama
 from tutelx.integrations.formula import find_formula
-from tutelx.integrations.parity import TOLERANCE, gradients, largest_error, relative_error
+from tutelx.integrations.parity import TOLERANCE, gradients, largest_error, relative_error, within
 from tutelx.integrations.probe import observe
 from tutelx.integrations.replacement import WrappedMoE
 from tutelx.integrations.sandbox import Sandbox, Values
@@ -106,7 +106,12 @@ def _zero_unused(subject: Subject) -> bool:
     """With a single token, do the experts that it did not choose get a gradient of zero, or none?"""
     _, experts = _one_of_each(subject)
     x = _input(subject, subject.tokens(0)[:1])
-    _, grads = gradients(subject.layer, x, set(experts), subject.values)
+    grads: dict[str, torch.Tensor | None] = {}
+    left = experts
+    while left:  # few gradients at a time
+        names = within(subject.layer, left)
+        grads |= {name: _trace(g) for name, g in gradients(subject.layer, x, names, subject.values)[1].items()}
+        left = left[len(names) :]
     unused = {name for name in experts if grads[name] is None or not grads[name].any()}  # type: ignore[union-attr]
     without = {name for name in unused if grads[name] is None}
     if without and without != unused:
@@ -114,15 +119,21 @@ def _zero_unused(subject: Subject) -> bool:
     return not without
 
 
+def _trace(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    """Enough to tell a gradient of zeros, and none, from any other."""
+    return None if gradient is None else gradient.any()
+
+
 def _by_gradients(subject: Subject, specs: list[LayerSpec]) -> LayerSpec:
     """The spec whose gradients are the layer's: rules that agree in the output may differ in how they round there."""
     router, experts = _one_of_each(subject)
-    names = {*router, *experts}
+    names = {*router, *within(subject.layer, experts)}
     x = _input(subject, subject.tokens(0, 4 * TOKENS))
     expected_y, expected = gradients(subject.layer, x, names, subject.values)
     results = []
     for spec in specs:
         wrapped = WrappedMoE(subject.layer, spec, capacity=Capacity.dropless(), planner=RulePlanner())
+        wrapped.plain = True
         given_y, given = gradients(wrapped, x, names, subject.values)
         results.append((relative_error(given_y, expected_y), *largest_error(given, expected, spec.vanishing(names))))
     tolerance = TOLERANCE[subject.parts.dtype]

@@ -22,6 +22,7 @@ class Replacement(MoEBase):
     """
 
     spec: Any
+    plain = False  # while it is compared with the original: experts one by one, so that few gradients exist at a time
 
     def __init__(
         self, original: nn.Module, spec: LayerSpec | LibrarySpec, *, capacity: Capacity, planner: Planner | None
@@ -102,7 +103,7 @@ class WrappedMoE(Replacement):
             seen.append(logits_TE)
             return spec.rule.route(logits_TE, top_k)
 
-        linked = LinkedExperts(experts, spec.formula, zero_unused=spec.zero_unused)
+        linked = LinkedExperts(experts, spec.formula, zero_unused=spec.zero_unused, plain=self.plain)
         y = self._run(x, gate, linked, top_k=top_k, capacity=capacity, plan=plan)  # type: ignore[arg-type]
         if spec.keeps_dtype:
             y = y.to(x.dtype)

@@ -16,6 +16,7 @@ from tutelx.integrations.libraries.confirm import keeps_dtype, mismatch
 from tutelx.integrations.libraries.replacement import LibraryMoE
 from tutelx.integrations.sandbox import Sandbox
 from tutelx.integrations.spec import Declined, LibrarySpec
+from tutelx.planner import RulePlanner
 from tutelx.types import Capacity, Planner
 
 __all__ = ["LibraryMoE", "is_candidate", "mismatch", "recognise", "replace"]
@@ -54,7 +55,8 @@ def recognise(layer: nn.Module) -> LibrarySpec:
     with Sandbox(layer):
         try:
             spec = library.find_spec(layer)
-            wrapped = replace(layer, spec, capacity=Capacity.dropless(), planner=None)
+            wrapped = replace(layer, spec, capacity=Capacity.dropless(), planner=RulePlanner())
+            wrapped.plain = True
             reason = mismatch(layer, wrapped)
             if reason is None:
                 spec = changed(spec, keeps_dtype=keeps_dtype(layer, wrapped))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from tutelx.integrations.parity import TOLERANCE, Gradients, largest_error, relative_error
+from tutelx.integrations.parity import TOLERANCE, Gradients, largest_error, relative_error, within
 from tutelx.integrations.sandbox import Sandbox, substituted
 from tutelx.integrations.spec import Declined
 
@@ -19,8 +19,6 @@ _SEED = 7
 # Gradients are compared for their structure (what is detached, what is missing), so rounding gets room.
 _GRADIENT_SLACK = 100.0
 _MOST_GRADIENT_ERROR = 0.3
-# Gradients of weights are as large as they: only of so many bytes, the smallest first.
-_MOST_GRADIENT_BYTES = 2**24
 
 Outcome = tuple[Any, list[Any], Gradients, torch.Tensor]
 
@@ -61,12 +59,8 @@ def keeps_dtype(original: nn.Module, wrapped: LibraryMoE) -> bool:
 
 
 def _light(layer: nn.Module) -> list[str]:
-    names, total = [], 0
-    for name, p in sorted(layer.named_parameters(), key=lambda named: named[1].numel()):
-        total += p.numel() * p.element_size()
-        if total <= _MOST_GRADIENT_BYTES:
-            names.append(name)
-    return names
+    """Names of parameters, the smallest first, whose gradients are small beside the layer."""
+    return within(layer, [name for name, _ in sorted(layer.named_parameters(), key=lambda named: named[1].numel())])
 
 
 def _outcome(module: nn.Module, wrapped: LibraryMoE, example: tuple, names: list[str]) -> Outcome:

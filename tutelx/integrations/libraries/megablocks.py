@@ -144,7 +144,7 @@ class Layer(LibraryMoE):
             first, down = mlp.w1.transpose(1, 2), mlp.w2.transpose(1, 2)
         else:
             first, down = mlp.w1.reshape(E, -1, M), mlp.w2.reshape(E, -1, M).transpose(1, 2)
-        if "v1" not in mlp._parameters:
-            return StackedExperts(ops.ExpertWeights(up=(first,), down=(down,)), self.spec.activation)
-        up = mlp.v1.reshape(E, -1, M)
-        return StackedExperts(ops.ExpertWeights(gate=(first,), up=(up,), down=(down,)), self.spec.activation)
+        weights = ops.ExpertWeights(up=(first,), down=(down,))
+        if "v1" in mlp._parameters:
+            weights = ops.ExpertWeights(gate=(first,), up=(mlp.v1.reshape(E, -1, M),), down=(down,))
+        return StackedExperts(weights, self.spec.activation, plain=self.plain)

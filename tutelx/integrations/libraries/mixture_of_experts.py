@@ -94,7 +94,7 @@ class Layer(LibraryMoE):
         levels = self.experts.w1.dim() - 2
         up, down = (w.flatten(0, levels - 1).transpose(1, 2) for w in (self.experts.w1, self.experts.w2))
         assert self.spec.activation is not None
-        return StackedExperts(ops.ExpertWeights(up=(up,), down=(down,)), self.spec.activation)
+        return StackedExperts(ops.ExpertWeights(up=(up,), down=(down,)), self.spec.activation, plain=self.plain)
 
 
 def _padded(combine_BNOC: torch.Tensor, top_k: int) -> tuple[DispatchMap, torch.Tensor]:

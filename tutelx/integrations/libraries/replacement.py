@@ -61,7 +61,7 @@ class LibraryMoE(Replacement):
     def listed(self, modules: nn.ModuleList) -> LinkedExperts | ListedExperts:
         """The compiled network where the experts were found to be one, else each module called with its own rows."""
         formula = self.spec.formula
-        return ListedExperts(modules) if formula is None else LinkedExperts(modules, formula)
+        return ListedExperts(modules) if formula is None else LinkedExperts(modules, formula, plain=self.plain)
 
     def _check_input(self, x: torch.Tensor) -> torch.Tensor:
         # The gate and the experts may be of different dtypes here: the operators have the last word.

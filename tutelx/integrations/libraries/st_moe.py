@@ -19,6 +19,7 @@ from tutelx.experts.linked import LinkedExperts, intercepted
 from tutelx.integrations.libraries.replacement import LibraryMoE, routing_of
 from tutelx.integrations.libraries.structure import batches, check_alone, check_containers, child, formula_of
 from tutelx.integrations.spec import Declined, LibrarySpec
+from tutelx.ops.segments import each_segment
 from tutelx.types import DispatchMap, ExpertKernel, Layout, Plan
 
 NAME = "st-moe-pytorch"
@@ -74,7 +75,7 @@ class Layer(LibraryMoE):
         modules = child(self, _EXPERTS)
         assert isinstance(modules, nn.ModuleList)
         if self.spec.network == _OWN and all(_is_own(expert) for expert in modules):
-            return _GegluExperts(modules)
+            return _GegluExperts(modules, plain=self.plain)
         return self.listed(modules)
 
 
@@ -106,7 +107,8 @@ class _GegluExperts:
     layouts: tuple[Layout, ...] = ("ragged", "padded")
     expert_kernels: tuple[ExpertKernel, ...] = ("tiled",)
 
-    def __init__(self, modules: nn.ModuleList) -> None:
+    def __init__(self, modules: nn.ModuleList, *, plain: bool = False) -> None:
+        self.plain = plain
         self.firsts, self.gates, self.lasts = zip(*(expert.net for expert in modules))  # type: ignore[union-attr]
 
     @property
@@ -123,12 +125,18 @@ class _GegluExperts:
 
     def __call__(self, rows: torch.Tensor, map: DispatchMap, plan: Plan) -> torch.Tensor:
         """rows [R, M] -> [R, M]."""
+        if self.plain:
+            return each_segment(self._one, rows, map)
         up_R, gate_R = _linear(self.firsts, rows, map, plan).chunk(2, dim=-1)
         hidden_RH = ops.activation(gate_R, up_R, kind="gelu")
         if "mult_bias" in self.gates[0]._parameters:
             scale_EH = torch.stack([gate.mult_bias for gate in self.gates]).to(hidden_RH.dtype)
             hidden_RH = hidden_RH * F.embedding(_expert_of_rows(map), scale_EH)
         return _linear(self.lasts, hidden_RH, map, plan)
+
+    def _one(self, e: int, rows: torch.Tensor) -> torch.Tensor:
+        up, gate = self.firsts[e](rows).chunk(2, dim=-1)
+        return self.lasts[e](F.gelu(gate) * up * self.gates[e].mult_bias)
 
 
 def _linear(linears: tuple[nn.Linear, ...], rows: torch.Tensor, map: DispatchMap, plan: Plan) -> torch.Tensor:
