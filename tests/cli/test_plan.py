@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
+from tests.tuning.test_cost import records
 from tutelx.cli import _plan_trace, main
-from tutelx.tuning.cost import Cost
+from tutelx.tuning.cost import SHEETS, Cost, RateModel
 from tutelx.tuning.cost.question import Question
+from tutelx.tuning.store import Database
 
 SIZES = ["--gpus", "16", "--experts", "32", "--model-dim", "256", "--hidden-dim", "256", "--tokens", "1024"]
 
@@ -122,3 +124,15 @@ def test_broken_traces_are_named(tmp_path, capsys, name, text, message):
     path.write_text(text)
     assert main(["plan", *SIZES, "--trace", str(path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_rates_come_from_a_database(tmp_path, capsys):
+    database = Database.of_folders(tmp_path)
+    for record in records(RateModel(SHEETS["cpu-gloo"])):
+        database.add(record, layer=str(tmp_path))
+    assert main(["plan", *SIZES, "--hardware", "cpu-gloo", "--db", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fit"] == {"timings": 9, "before": 0.0, "after": 0.0}
+    assert main(["plan", *SIZES, "--hardware", "h100", "--db", str(tmp_path)]) == 2
+    assert "holds no timing of a layer on 'cuda'" in capsys.readouterr().err
+    assert main(["plan", *SIZES, "--db", str(tmp_path / "none")]) == 2

@@ -6,21 +6,27 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from tutelx.cli._plan_trace import Simulation, read_trace, simulate
-from tutelx.tuning.cost import RateModel, sheet
+from tutelx.errors import InvalidValueError
+from tutelx.tuning.cost import Fit, RateModel, Sheet, calibrate, sheet
 from tutelx.tuning.cost.published import figures
 from tutelx.tuning.cost.question import Predicted, Question, Range, over_capacity, over_scale, ranked
+from tutelx.tuning.store import Database
 
 _PARTS = ("total", "compute", "exchange", "weights", "memory")
 
 
 def run(args: argparse.Namespace) -> int:
-    rates = sheet(args.hardware)
+    rates, fit = sheet(args.hardware), None
+    if args.db is not None:
+        fit = _fitted(args.db, rates)
+        rates = fit.sheet
     model = RateModel(rates)
     question = Question(
         gpus=args.gpus,
@@ -44,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
             {
                 "hardware": rates.name,
                 "source": rates.source,
+                "fit": None if fit is None else {n: getattr(fit, n) for n in ("timings", "before", "after")},
                 "question": asdict(question),
                 "plans": [{"plan": str(p.plan), **asdict(p.cost)} for p in plans],
                 "best": str(plans[0].plan),
@@ -55,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     console = _console()
     console.print(f"{rates.name}: {rates.source}")
+    if fit is not None:
+        console.print(f"fitted: {fit}")
     console.print(
         f"{question.gpus} ranks, {question.node_size} a node; T{question.tokens} a rank, D{question.model_dim}"
         f" H{question.hidden_dim} E{question.experts} K{question.top_k} f{question.capacity:g} {question.dtype},"
@@ -69,6 +78,15 @@ def run(args: argparse.Namespace) -> int:
     if trace is not None:
         _show_trace(trace, console)
     return 0
+
+
+def _fitted(folder: Path, base: Sheet) -> Fit:
+    if not folder.is_dir():
+        raise InvalidValueError(f"--db: {str(folder)!r} is no folder")
+    fit = calibrate((stored.record for stored in Database.of_folders(folder).records()), base)
+    if not fit.timings:
+        raise InvalidValueError(f"--db: {str(folder)!r} holds no timing of a layer on {base.device!r}")
+    return fit
 
 
 def published(*, as_json: bool) -> int:

@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a100-hdr (default), h100, h200, b200 or cpu-gloo",
     )
+    parser.add_argument(
+        "--db", type=Path, metavar="FOLDER", help="fit the hardware's rates to what `tutelx tune --db FOLDER` measured"
+    )
     parser.add_argument("--experts", type=int, metavar="E", help="in all")
     parser.add_argument("--model-dim", type=int, metavar="D")
     parser.add_argument("--hidden-dim", type=int, metavar="H")

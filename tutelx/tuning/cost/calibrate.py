@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from tutelx.tuning.cost.model import RateModel
@@ -27,7 +27,7 @@ class Fit:
     """What calibration found.
 
     sheet: with the fitted rates. timings: how many were used.
-    before, after: median over them of |ln(predicted / measured)|, with the base and with the fitted sheet.
+    before, after: mean over them of |ln(predicted / measured)|, with the base and with the fitted sheet.
     """
 
     sheet: Sheet
@@ -37,7 +37,7 @@ class Fit:
 
     def __str__(self) -> str:
         before, after = math.expm1(self.before), math.expm1(self.after)
-        return f"{self.timings} timings, off by {after:.0%} in the median ({before:.0%} before)"
+        return f"{self.timings} timings, off by {after:.0%} on average ({before:.0%} before)"
 
 
 def calibrate(records: Iterable[Record], base: Sheet) -> Fit:
@@ -79,7 +79,7 @@ def calibrate(records: Iterable[Record], base: Sheet) -> Fit:
     fitted = _scaled(base, x)
     fitted = replace(fitted, source=f"{base.source}; rates fitted to {len(timings)} timings")
     return Fit(
-        sheet=fitted, timings=len(timings), before=median(map(abs, first.tolist())), after=median(map(abs, r.tolist()))
+        sheet=fitted, timings=len(timings), before=fmean(map(abs, first.tolist())), after=fmean(map(abs, r.tolist()))
     )
 
 
