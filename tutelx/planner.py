@@ -92,10 +92,15 @@ def tiles(workload: Workload) -> tuple[int, int]:
 def _over_ranks(decision: Decision) -> Decision:
     workload = decision.workload
     sent = {degree: numbers_sent(workload, degree) for degree in workload.shard_degrees}
-    degree = min(sent, key=lambda r: (sent[r], abs(r - 1)))
+    degree = least_sent(workload)
     compared = ", ".join(f"{sent[r]:.2e} at degree {r}" for r in sent)
     plan = replace(decision.plan, shard_degree=degree)
     return replace(decision, plan=plan, reason=f"{decision.reason}; numbers to send: {compared}")
+
+
+def least_sent(workload: Workload) -> int:
+    """The shard degree with the fewest numbers to send."""
+    return min(workload.shard_degrees, key=lambda r: (numbers_sent(workload, r), abs(r - 1)))
 
 
 def numbers_sent(workload: Workload, degree: int) -> float:

@@ -93,9 +93,9 @@ class Stopwatch:
 
 def stopwatch(planner: Planner, decision: Decision, device: torch.device) -> Stopwatch | None:
     """One that runs, if the planner or a watcher wants times and this call is none that is made again or captured."""
-    if not (_watchers or getattr(planner, "wants_time", False)) or torch.compiler.is_compiling() or in_backward():
+    if not (_watchers or getattr(planner, "wants_time", False)) or torch.compiler.is_compiling():
         return None
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if in_backward() or is_captured(device.type):
         return None
     return Stopwatch(planner, decision, device)
 
@@ -116,6 +116,11 @@ def watched() -> Iterator[None]:
 def in_backward() -> bool:
     """Whether the caller runs inside a backward pass: what is called there again is a recomputation."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_captured(device: str) -> bool:
+    """Whether the current stream's work goes into a CUDA graph, where nothing can be waited for."""
+    return device == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def settle(*, wait: bool = False) -> None:

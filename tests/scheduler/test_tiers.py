@@ -84,6 +84,16 @@ def test_one_bucket_is_looked_up_once():
     assert shelf.asked == 2
 
 
+def test_times_and_many_ranks_are_looked_up_once_too():
+    shelf = Shelf(Found(plan(BMM), predicted=0.5))
+    scheduler = Scheduler(shelf)
+    assert [scheduler.seconds(workload(tokens=tokens)) for tokens in (4096, 4097, 4096)] == [0.5] * 3
+    assert shelf.asked == 1
+    for tokens in (4096, 4097, 4200):
+        scheduler.plan(workload(tokens=tokens, world=4, shard_degrees=(0, 1, 2)))
+    assert shelf.asked == 2
+
+
 @given(
     st.tuples(*[st.sampled_from([64, 65, 512, 700, 4096])] * 2),
     st.tuples(*[st.sampled_from([None, 8, 9, 40, 4000])] * 2),

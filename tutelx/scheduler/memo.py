@@ -6,7 +6,7 @@ from itertools import islice
 from threading import Lock
 from typing import Generic, TypeVar
 
-from tutelx.planner import MOST_PADDING, tiles
+from tutelx.planner import MOST_PADDING, least_sent, tiles
 from tutelx.tuning.key import bucket, load_factor
 from tutelx.types import Workload
 
@@ -23,13 +23,14 @@ def bucket_of(workload: Workload) -> Bucket:
     if w.device == "cpu":
         ruled: object = tiles(w)
     else:
-        # The rules look at nothing else there, and at the tokens over many ranks.
+        # The rules look at nothing else there.
         ruled = capacity is not None and capacity * w.num_experts <= MOST_PADDING * w.tokens * w.top_k
     return (
-        bucket(w.tokens) if w.world == 1 else w.tokens,
+        bucket(w.tokens),
         w.top_k,
         load_factor(w),
         ruled,
+        1 if w.world == 1 else _ruled_degree(w),
         w.demand is None,
         w.num_experts,
         w.model_dim,
@@ -70,3 +71,16 @@ class Memo(Generic[Value]):
     def clear(self) -> None:
         with self._lock:
             self._values.clear()
+
+
+_degrees: Memo[int] = Memo()
+
+
+def _ruled_degree(w: Workload) -> int:
+    """The shard degree that the rules choose."""
+    sizes = (w.tokens, w.top_k, w.model_dim, w.num_experts, w.expert_numbers, w.world, w.shard_degrees, w.training)
+    degree = _degrees.get(sizes)
+    if degree is None:
+        degree = least_sent(w)
+        _degrees.keep(sizes, degree)
+    return degree

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tutelx.scheduler.answers import Answer, Knowledge, ruled
 from tutelx.scheduler.explore import Exploration, Exploring, Reduce, Turn, Watch
 from tutelx.scheduler.memo import Bucket, Memo, bucket_of
-from tutelx.stopwatch import in_backward, settle
+from tutelx.stopwatch import in_backward, is_captured, settle
 from tutelx.tuning.answer import can_run
 from tutelx.tuning.key import Key
 from tutelx.tuning.records import Candidate, StoredPlan
@@ -61,6 +61,7 @@ class Planning:
         self._exploring, self._reduce, self._finished = exploring, reduce, finished
         self._bucket: Callable[[Workload], Bucket] = _shape_of if mode == "fixed" else bucket_of
         self._memo: Memo[_Entry] = Memo()
+        self._times: Memo[tuple[float | None]] = Memo()
         self._live: dict[Bucket, Exploration | Watch] = {}
         self._settled: dict[Bucket, tuple[StoredPlan, Answer]] = {}
         self._open = 0
@@ -76,15 +77,20 @@ class Planning:
 
     def seconds(self, workload: Workload) -> float | None:
         """What such a call takes with the plan that it would get: as measured, else as predicted, else None."""
-        answer = self.answer(workload)
-        return answer.predicted if answer.measured is None else answer.measured
+        bucket = bucket_of(workload)
+        found = self._times.get(bucket)
+        if found is None:
+            answer = self.answer(workload)
+            found = (answer.predicted if answer.measured is None else answer.measured,)
+            self._times.keep(bucket, found)
+        return found[0]
 
     def plan(self, workload: Workload) -> Decision:
         bucket = self._bucket(workload)
         entry = self._memo.get(bucket)
         if entry is None:
             entry = self._remember(bucket, workload)
-        if entry.live is not None and not in_backward():
+        if entry.live is not None and not in_backward() and not is_captured(workload.device):
             return self._timed(entry, bucket, workload)
         answer = entry.answer
         return Decision(
@@ -187,6 +193,7 @@ class Planning:
         self._live.pop(state, None)
         self._open -= 1
         self._memo.clear()
+        self._times.clear()
         if self._finished is not None and candidates:
             self._finished(workload, candidates, exploration.plans[0])
 

@@ -99,8 +99,7 @@ class Scheduler:
 
     def seconds(self, workload: Workload) -> float | None:
         """What such a call takes with the plan that it would get: as measured, else as predicted, else None."""
-        answer = (self._here or self._open()).answer(workload)
-        return answer.predicted if answer.measured is None else answer.measured
+        return (self._here or self._open()).seconds(workload)
 
     def explain(self, workload: Workload) -> str:
         """Which plan, from which tier, and why, without remembering anything."""
