@@ -82,7 +82,7 @@ def figures(model: RateModel) -> list[Figure]:
         cost = one_layer(model, gpus)
         parts = zip(("total", "compute", "all-to-all"), published, (cost.total, cost.compute, cost.exchange))
         for part, there, here in parts:
-            fitted = part == "compute" or (part == "all-to-all" and gpus != 64)
+            fitted = part == "compute" or gpus != 64
             found.append(_number(f"one layer, {gpus} GPUs: {part}", there, here * 1e3, "ms", fitted))
     for gpus in SCALES:
         there_degree = 1 if gpus == 256 else 2
