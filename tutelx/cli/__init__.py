@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 
 from tutelx import __version__
-from tutelx.cli import bench, convert, demo, doctor, plan, tune
+from tutelx.cli import bench, convert, db, demo, doctor, plan, tune
 from tutelx.errors import TutelxError
 
-COMMANDS = (demo, tune, plan, bench, convert, doctor)
+COMMANDS = (demo, tune, db, plan, bench, convert, doctor)
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from tutelx.tuning.estimate import Estimate, Neighbour, estimates
 from tutelx.tuning.key import Key
@@ -15,6 +15,7 @@ from tutelx.tuning.space import is_legal
 from tutelx.types import Plan, Workload
 
 Tier = Literal["exact", "nearest", "sibling", "model", "default"]
+TIERS: tuple[Tier, ...] = get_args(Tier)
 
 _LARGEST_TILE = 2**20
 _MOST_CHUNKS = 64

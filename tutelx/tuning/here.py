@@ -7,10 +7,11 @@ import logging
 import platform
 import threading
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tutelx import env, machine
+from tutelx import __version__, env, machine
 from tutelx.errors import DatabaseError, InvalidValueError
 from tutelx.tuning import files, probe, strict
 from tutelx.tuning.hardware import Hardware
@@ -98,3 +99,23 @@ def _cuda(name: str) -> tuple[str, Callable[[], Hardware]]:
     properties = torch.cuda.get_device_properties(index)
     size = f"{properties.multi_processor_count} multiprocessors, {properties.total_memory} bytes"
     return f"{properties.name}, sm_{properties.major}{properties.minor}, {size}", lambda: probe.cuda(index)
+
+
+def software(device: Any = "cpu") -> dict[str, str]:
+    """Versions that measurements depend on, by name."""
+    found = {"tutelx": __version__, "torch": _torch_version(), "python": platform.python_version()}
+    if str(device).startswith("cuda"):
+        import torch
+
+        if torch.version.cuda:
+            found["cuda"] = torch.version.cuda
+    return found
+
+
+def _torch_version() -> str:
+    try:
+        return version("torch")  # without loading it
+    except PackageNotFoundError:
+        import torch
+
+        return torch.__version__

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from tutelx.errors import InvalidValueError
 from tutelx.tuning import strict
-from tutelx.tuning.answer import Answer, Considered, Tier, Tried, choose
+from tutelx.tuning.answer import TIERS, Answer, Considered, Tier, Tried, choose
 from tutelx.tuning.cost import CostModel
 from tutelx.tuning.estimate import Neighbour, estimates, neighbours
 from tutelx.tuning.hardware import Hardware
@@ -62,8 +62,8 @@ class Lookup:
             rule: what the rules choose for it, the default.
         """
         tried: list[Tried] = []
-        for tier in ("exact", "nearest", "sibling", "model"):
-            found = self.ask(tier, key, workload, rule)  # type: ignore[arg-type]
+        for tier in TIERS[:-1]:
+            found = self.ask(tier, key, workload, rule)
             if isinstance(found, Answer):
                 return replace(found, tried=tuple(tried))
             tried.append(found)
