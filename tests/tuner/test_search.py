@@ -1,5 +1,6 @@
 """Searches over a grid: what is skipped, what is kept, when it ends. The store and the clock are made up."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,12 @@ class Memory:
 
     def __init__(self):
         self.records = {}
+
+    @classmethod
+    def of(cls, other):
+        found = cls()
+        found.records = dict(other.records)
+        return found
 
     def known(self, key, machine):
         return self.records.get(key)
@@ -83,6 +90,23 @@ def test_the_cost_model_prunes_unless_everything_is_wanted():
     assert len(wide.records[0].candidates) == len(plans) > 2
     every = search(what(workloads=works, cost_model=Worse(), exhaustive=True), Memory(), machine())
     assert len(every.records[0].candidates) > len(plans)
+
+
+def test_what_was_pruned_is_not_missed_later_unless_more_is_asked():
+    works, store = grid(tokens=(8,), shapes=SHAPES[:1]), Memory()
+    pruned = search(what(workloads=works, cost_model=Worse(), margin=2.0), store, machine())
+    assert pruned.records[0].provenance["margin"] == "2"
+
+    def again(**more):
+        return search(what(workloads=works, **more), Memory.of(store), machine()).measured
+
+    # A model that has learnt meanwhile would keep other plans; a wider margin, or none, asks for more.
+    assert again(cost_model=OfRank(0), margin=2.0) == again(cost_model=OfRank(0), margin=1.5) == 0
+    assert again(cost_model=OfRank(0), margin=3.0) == again(cost_model=None) == again(exhaustive=True) == 1
+    [record] = store.records.values()
+    for margin in ("x", "nan"):
+        store.records[record.key] = replace(record, provenance={**record.provenance, "margin": margin})
+        assert again(cost_model=OfRank(0), margin=2.0) == 1
 
 
 def test_a_budget_ends_it_and_the_next_run_goes_on(monkeypatch):

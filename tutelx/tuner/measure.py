@@ -42,12 +42,14 @@ class Options:
     """seconds: of timing one workload, about. seed: of weights, inputs and the order of turns.
 
     command: what the record says it was measured with; None: the process's own.
+    margin: for the record: with which the plans were pruned; None: they were not.
     stop: asked between calls; True ends the measurement on all ranks with :class:`Interrupted`.
     """
 
     seconds: float = SECONDS
     seed: int = 0
     command: str | None = None
+    margin: float | None = None
     stop: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
@@ -136,10 +138,11 @@ def measure(
         software=machine.software,
         provenance=provenance(
             command=options.command,
+            margin=options.margin,
             seconds=whole.elapsed(),
             samples=run.samples,
             load=run.load_before,
-            throttled="not told" if machine.throttling() is None else run.why,
+            throttled="not told" if machine.throttling() is None and not run.discarded else run.why,
             discarded=run.discarded,
         ),
     )

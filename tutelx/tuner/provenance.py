@@ -11,11 +11,19 @@ from pathlib import PurePath
 
 
 def provenance(
-    *, command: str | None, seconds: float, samples: int, load: float | None, throttled: str, discarded: int
+    *,
+    command: str | None,
+    margin: float | None,
+    seconds: float,
+    samples: int,
+    load: float | None,
+    throttled: str,
+    discarded: int,
 ) -> dict[str, str]:
-    """seconds: that everything took. samples: timed turns of all plans. load: :func:`load_average` before.
+    """margin: with which plans were pruned, None if they were not. seconds: that everything took.
 
-    throttled: what slowed a device down. discarded: turns that were repeated for it.
+    samples: timed turns of all plans. load: :func:`load_average` before. throttled: what slowed a device down.
+    discarded: turns that were repeated for it.
     """
     found = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -24,6 +32,8 @@ def provenance(
         "samples": str(samples),
         "throttled": throttled,
     }
+    if margin is not None:
+        found["margin"] = f"{margin:g}"
     if discarded:
         found["discarded"] = f"{discarded} turns"
     if load is not None:

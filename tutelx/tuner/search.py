@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -62,13 +62,22 @@ class Search:
         if self.budget is not None and not self.budget > 0:
             raise InvalidValueError(f"budget={self.budget} must be positive")
 
-    def plans(self, workload: Workload, together: Together) -> list[Plan]:
-        """The rules' plan first. Over ranks those that rank 0's cost model leaves: another's may know other rates."""
+    @property
+    def pruned(self) -> float | None:
+        """The margin, where something is pruned."""
+        return None if self.exhaustive or self.cost_model is None else self.margin
+
+    def space(self, workload: Workload) -> list[Plan]:
+        """The rules' plan first."""
         default = RulePlanner().plan(workload).plan
-        plans = legal_plans(workload, default=default, exhaustive=self.exhaustive)
-        if self.exhaustive or self.cost_model is None:
+        return legal_plans(workload, default=default, exhaustive=self.exhaustive)
+
+    def plans(self, workload: Workload, together: Together) -> list[Plan]:
+        """What of the space is measured. Over ranks what rank 0's cost model leaves: another's may know other rates."""
+        plans = self.space(workload)
+        if self.pruned is None or self.cost_model is None:
             return plans
-        kept = set(prune(plans, workload, self.cost_model, self.margin))
+        kept = set(prune(plans, workload, self.cost_model, self.pruned))
         chosen = together.first([plan in kept for plan in plans])
         return [plan for plan, keep in zip(plans, chosen) if keep]
 
@@ -106,13 +115,12 @@ def search(
     before, after: told of each workload, and of its record and whether it was measured just now.
     """
     found, together = Found(), Together(group, machine.device)
-    clock = Clock(together)
+    clock, options = Clock(together), replace(what.options, margin=what.pruned)
     subject: Subject | None = None
     for n, workload in enumerate(what.workloads):
-        plans = what.plans(workload, together)
         key = Key.of(workload)
         known = store.known(key, machine) if together.rank == 0 else None
-        if known is not None and not covers(known, plans):
+        if known is not None and not covers(known, what.space(workload), what.pruned):
             known = None
         [skip] = together.first([known is not None])
         if not skip and what.budget is not None and clock.elapsed() >= what.budget:
@@ -136,7 +144,7 @@ def search(
                     device=machine.device,
                     seed=what.options.seed,
                 )
-            record = measure(subject, workload, plans, machine, what.options)
+            record = measure(subject, workload, what.plans(workload, together), machine, options)
         except Interrupted:
             found.interrupted, found.left = True, found.left + len(what.workloads) - n
             return found
@@ -156,11 +164,17 @@ def search(
     return found
 
 
-def covers(record: Record, plans: Iterable[Plan]) -> bool:
-    """Whether the record has timed them all. The first is the rules' plan."""
+def covers(record: Record, plans: Iterable[Plan], margin: float | None) -> bool:
+    """Whether a search of these plans, the rules' plan first, has nothing to add to the record: all are in it, or what
+    is not was pruned by this margin or a wider one. What is pruned may differ from day to day, as the model learns."""
     default, *others = plans
     measured = {candidate.plan for candidate in record.candidates}
-    return {StoredPlan.of(plan, by_rule=default) for plan in (default, *others)} <= measured
+    if {StoredPlan.of(plan, by_rule=default) for plan in (default, *others)} <= measured:
+        return True
+    try:
+        return margin is not None and float(record.provenance["margin"]) >= margin
+    except (KeyError, ValueError):
+        return False
 
 
 def world_here(device: torch.device, group: dist.ProcessGroup | None) -> World:
