@@ -29,7 +29,7 @@ from tutelx.types import Capacity, Planner
 if TYPE_CHECKING:
     from tutelx.comm.mesh import MeshLike
 
-__all__ = ["WrapReport", "WrappedMoE", "explain", "unwrap", "wrap"]
+__all__ = ["WrapReport", "WrappedMoE", "explain", "pack", "unwrap", "wrap"]
 
 _log = logging.getLogger("tutelx")
 _VERIFY_TOKENS = 64
@@ -167,6 +167,25 @@ def unwrap(module: nn.Module) -> nn.Module:
         elif _is_transformers_loaded():
             _transformers("registry").switch_off(wrapped)
     return _replace(module, originals)
+
+
+def pack(module: nn.Module) -> bool:
+    """Puts the weights of every wrapped list of experts into one storage, of which the same parameters become views.
+
+    Products of all experts at once then take them as they lie. It happens by itself in the first such call on CUDA;
+    here it happens now, on any device. Names, values, gradients and what optimizers know stay, and so does unwrapping.
+    Weights move expert by expert and the old ones are freed, so that memory never holds two sets of them.
+
+    Returns:
+        Whether all lie so now; a list stays as it is where something else looks at its weights too.
+
+    Raises:
+        InvalidTypeError: `module` is no `nn.Module`.
+    """
+    _check_module(module)
+    lists = [wrapped.linked() for wrapped in module.modules() if isinstance(wrapped, Replacement)]
+    done = [experts.pack() for experts in lists if experts is not None]
+    return all(done)
 
 
 def _examine_all(module: nn.Module) -> list[tuple[nn.Module, WrapReport]]:

@@ -14,6 +14,7 @@ from tests.wrap.compare import assert_same, tokens, wrapped
 from tutelx import Capacity, MoE, Plan, ops
 from tutelx.gates import TopK
 from tutelx.ops.expert_products import groupable
+from tutelx.ops.packing import is_packed
 from tutelx.planner import FixedPlanner
 
 BMM = Plan(layout="padded", expert_kernel="bmm")
@@ -135,6 +136,30 @@ def test_a_wrapped_layer_in_grouped_products():
     layer = wrapped(copy.deepcopy(original))
     assert_same(layer, original, tokens(200, 64, dtype=torch.bfloat16).cuda(), dtype=torch.bfloat16)
     assert layer.last_decision.plan == GROUPED
+
+
+def test_a_wrapped_list_packs_itself_and_is_captured():
+    """Expert weights move into one storage in the first call; a captured call reads what the optimizer wrote since."""
+    skip_unless_grouped()
+    layer = wrapped(models.MoE(model_dim=64, hidden_dim=128, num_experts=8).to("cuda", torch.bfloat16))
+    weights = [expert.w1.weight for expert in layer.experts]
+    x = tokens(256, 64, dtype=torch.bfloat16).cuda()
+
+    def call() -> torch.Tensor:
+        return layer(x, capacity=Capacity.fixed(1.25), plan=GROUPED)
+
+    with torch.no_grad():
+        call()
+        assert is_packed(weights)
+        with no_waiting():
+            call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        for weight in weights:
+            weight.mul_(1.5)
+        graph.replay()
+        assert_close(captured, call(), torch.bfloat16)
 
 
 def test_autocast():

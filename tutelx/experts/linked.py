@@ -12,6 +12,7 @@ from tutelx.experts.custom import call_each
 from tutelx.experts.network import run_network
 from tutelx.ops.activation import Activation
 from tutelx.ops.expert_products import groupable
+from tutelx.ops.packing import pack
 from tutelx.types import DispatchMap, ExpertKernel, Layout, Plan
 
 Path = tuple[str, ...]
@@ -73,7 +74,7 @@ class LinkedExperts:
         return 0 if expert is None else sum(p.numel() for p in expert.parameters())
 
     def kernels_for(self, x: torch.Tensor) -> tuple[ExpertKernel, ...]:
-        """Grouped products stack the weights on every call, and give experts without rows a gradient of zeros."""
+        """Grouped products want packed weights, or stack them, and give experts without rows a gradient of zeros."""
         num_experts, model_dim = len(self.modules), x.shape[-1]
         grouped = (self.zero_unused or not torch.is_grad_enabled()) and groupable(
             num_experts, model_dim, self.hidden_dim, x.dtype, x.device
@@ -85,8 +86,15 @@ class LinkedExperts:
         weights = self.weights()
         if weights is None:
             return call_each(self.modules, rows, map, skip_empty=not self.zero_unused)
+        if rows.device.type == "cuda" and plan.expert_kernel != "tiled" and _may_move():
+            pack_lists(weights)
         activation, zero_unused = self.formula.activation, self.zero_unused
         return run_network(rows, map, weights, plan, activation=activation, zero_unused=zero_unused, plain=self.plain)
+
+    def pack(self) -> bool:
+        """Puts the weights of each role into one storage, as happens by itself on CUDA. False if some stay apart."""
+        weights = self.weights()
+        return weights is not None and pack_lists(weights)
 
     def weights(self) -> ops.ExpertWeights | None:
         """What the modules hold now; None if one of them no longer is what the formula says."""
@@ -116,6 +124,16 @@ class LinkedExperts:
                 if biases is not None:
                     biases.append(parameters["bias"])  # type: ignore[arg-type]
         return ops.ExpertWeights(**{role: tuple(tensors) for role, tensors in found.items()})
+
+
+def pack_lists(weights: ops.ExpertWeights) -> bool:
+    """One role after the other: while one moves, the others take no more room than before."""
+    done = [pack(each) for each in weights.lists() if each]
+    return all(done)
+
+
+def _may_move() -> bool:
+    return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
 
 def intercepted(module: nn.Module) -> bool:

@@ -41,6 +41,10 @@ class Replacement(MoEBase):
         """The layer that this one replaces."""
         return self.__dict__["_original"]
 
+    def linked(self) -> LinkedExperts | None:
+        """The experts, where they are a list of modules that run as one network."""
+        return None
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -69,6 +73,12 @@ class WrappedMoE(Replacement):
 
     spec: LayerSpec
 
+    def linked(self) -> LinkedExperts:
+        spec = self.spec
+        experts = self._modules[spec.experts]
+        assert isinstance(experts, nn.ModuleList)
+        return LinkedExperts(experts, spec.formula, zero_unused=spec.zero_unused, plain=self.plain)
+
     def forward(
         self,
         x: torch.Tensor | None = None,
@@ -93,9 +103,7 @@ class WrappedMoE(Replacement):
             given = ", ".join(named) or "nothing"
             raise InvalidTypeError(f"{given} was given, expected {spec.input_name}, top_k, capacity or plan")
         router = self._modules[spec.router]
-        experts = self._modules[spec.experts]
         assert router is not None
-        assert isinstance(experts, nn.ModuleList)
         seen: list[torch.Tensor] = []
 
         def gate(x_TM: torch.Tensor, top_k: int | None, *, capacity: Capacity, prioritized: bool) -> Routing:
@@ -103,7 +111,7 @@ class WrappedMoE(Replacement):
             seen.append(logits_TE)
             return spec.rule.route(logits_TE, top_k)
 
-        linked = LinkedExperts(experts, spec.formula, zero_unused=spec.zero_unused, plain=self.plain)
+        linked = self.linked()
         y = self._run(x, gate, linked, top_k=top_k, capacity=capacity, plan=plan)  # type: ignore[arg-type]
         if spec.keeps_dtype:
             y = y.to(x.dtype)

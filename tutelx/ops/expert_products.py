@@ -14,6 +14,7 @@ from tutelx.errors import InvalidValueError
 from tutelx.ops._library import kernels
 from tutelx.ops.activation import Activation
 from tutelx.ops.activation import activation as activate
+from tutelx.ops.packing import stacked
 from tutelx.ops.segments import split_segments
 from tutelx.types import DispatchMap, ExpertKernel
 
@@ -45,8 +46,9 @@ def expert_products(
 
     "grouped" is one product over all experts' rows, in any layout, and "bmm" one over the padded layout: neither waits
     for the device. "tiled" runs expert after expert and asks the device for their sizes. The first two want stacked
-    weights: a list of matrices is stacked on every call, which reads and writes all of them once and keeps the copy
-    until the backward; every gradient is then a view into one tensor, without another copy. Stacked weights whose rows
+    weights: a list of matrices is taken as it lies if it is packed (`tutelx.ops.packing`); else it is stacked on every
+    call, which reads and writes all of them once and keeps the copy until the backward. Every gradient is then a view
+    into one tensor, without another copy. Stacked weights whose rows
     do not begin at multiples of 16 bytes are copied too.
 
     Args:
@@ -107,7 +109,7 @@ def _stacked(weights: Tensors, rank: int) -> Optional:
     if not weights:
         return None
     if weights[0].dim() == rank:
-        return torch.stack(weights)
+        return stacked(weights)
     return weights[0] if rank == 1 or _whole_vectors(weights[0]) else weights[0].clone(memory_format=_CONTIGUOUS)
 
 

@@ -57,6 +57,7 @@ def _tensor_parallel(layer: nn.Module) -> bool:
 
 class Layer(LibraryMoE):
     leaves = ("l_aux", "exp_counts")
+    experts_path = _EXPERTS
 
     def examples(self, rows: int = 32) -> list[tuple]:
         like = next(self.experts.parameters())
@@ -79,7 +80,7 @@ class Layer(LibraryMoE):
             routing = routing_of(combine_TEC, self.spec.top_k)
         self.leave("l_aux", aux)
         self.leave("exp_counts", counts)
-        return self.run_routed(x, routing, self.listed(child(self, _EXPERTS)), plan)  # type: ignore[arg-type]
+        return self.run_routed(x, routing, self.listed(), plan)
 
 
 def _gives_routes(gate: nn.Module) -> bool:

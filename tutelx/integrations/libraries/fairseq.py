@@ -55,6 +55,8 @@ def find_spec(layer: nn.Module) -> LibrarySpec:
 
 
 class Layer(LibraryMoE):
+    experts_path = "experts"
+
     @property
     def leaves(self) -> tuple[str, ...]:  # type: ignore[override]
         return () if self._is_masked() else ("l_aux",)
@@ -91,7 +93,7 @@ class Layer(LibraryMoE):
             raise InvalidTypeError(f"the gate returns {len(given)} values, expected combine weights and a loss")
         aux, combine_TEC = given[:2]
         self.leave("metadata", given[3]) if masked else self.leave("l_aux", aux)
-        y = self.run_routed(x, routing_of(combine_TEC, self.spec.top_k), self.listed(self.experts), plan)
+        y = self.run_routed(x, routing_of(combine_TEC, self.spec.top_k), self.listed(), plan)
         return (y, aux) if masked else y
 
     def _batch_size(self) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from tutelx.errors import InvalidTypeError, InvalidValueError
 from tutelx.experts import ListedExperts
 from tutelx.experts.linked import LinkedExperts
+from tutelx.integrations.libraries.structure import child
 from tutelx.integrations.replacement import Replacement
 from tutelx.integrations.spec import LibrarySpec
 from tutelx.types import Plan, Routing
@@ -22,6 +23,8 @@ class LibraryMoE(Replacement):
     spec: LibrarySpec
     # Attributes that the original's forward leaves behind for others to read.
     leaves: tuple[str, ...] = ()
+    # Where the list of experts is, if they are one.
+    experts_path: str = ""
 
     def examples(self, rows: int = 32) -> list[tuple]:
         """Positional arguments for the original's forward: a few tokens, some equal, so that experts are full.
@@ -58,10 +61,18 @@ class LibraryMoE(Replacement):
         y = self._run(x, lambda *args, **named: routing, experts, plan=plan)
         return y.to(x.dtype) if self.spec.keeps_dtype else y
 
-    def listed(self, modules: nn.ModuleList) -> LinkedExperts | ListedExperts:
-        """The compiled network where the experts were found to be one, else each module called with its own rows."""
+    def linked(self) -> LinkedExperts | None:
         formula = self.spec.formula
-        return ListedExperts(modules) if formula is None else LinkedExperts(modules, formula, plain=self.plain)
+        return None if formula is None else LinkedExperts(self._list(), formula, plain=self.plain)
+
+    def listed(self) -> LinkedExperts | ListedExperts:
+        """The compiled network where the experts were found to be one, else each module called with its own rows."""
+        return self.linked() or ListedExperts(self._list())
+
+    def _list(self) -> nn.ModuleList:
+        experts = child(self, self.experts_path)
+        assert isinstance(experts, nn.ModuleList)
+        return experts
 
     def _check_input(self, x: torch.Tensor) -> torch.Tensor:
         # The gate and the experts may be of different dtypes here: the operators have the last word.

@@ -56,6 +56,8 @@ def find_spec(layer: nn.Module) -> LibrarySpec:
 
 
 class Layer(LibraryMoE):
+    experts_path = _EXPERTS
+
     def examples(self, rows: int = 32) -> list[tuple]:
         return [(x,) for x in batches(self, next(self.experts.parameters()), rows)]
 
@@ -72,11 +74,10 @@ class Layer(LibraryMoE):
         return result(y, aux_loss, balance_loss, z_loss)
 
     def _experts(self) -> Any:
-        modules = child(self, _EXPERTS)
-        assert isinstance(modules, nn.ModuleList)
+        modules = self._list()
         if self.spec.network == _OWN and all(_is_own(expert) for expert in modules):
             return _GegluExperts(modules, plain=self.plain)
-        return self.listed(modules)
+        return self.listed()
 
 
 def _as_tuple(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
