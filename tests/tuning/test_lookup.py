@@ -14,6 +14,7 @@ from tutelx.tuning.cost import Cost
 from tutelx.tuning.lookup import Lookup
 from tutelx.tuning.records import StoredPlan
 from tutelx.tuning.store import Database
+from tutelx.tuning.tiles import of_rules
 from tutelx.types import Plan
 
 RULES = RulePlanner()
@@ -121,10 +122,29 @@ def test_on_a_grid_the_corners_weigh_bilinearly():
     assert {c.plan: c.ratio for c in answer.considered}[BMM] == pytest.approx(0.5)
 
 
-def test_a_key_that_did_not_time_a_plan_counts_as_the_default_there():
+def test_where_a_plan_was_not_timed_it_was_not_worth_it():
     lookup = look_up(record(candidate(BMM, 0.25), at=key(tokens=256)), record(at=key(tokens=1024)))
     answer = ask(lookup, key(tokens=512))
-    assert {c.plan: c.ratio for c in answer.considered}[BMM] == pytest.approx(0.5)
+    assert {c.plan: c.ratio for c in answer.considered}[BMM] == pytest.approx((0.25 * 1.5) ** 0.5)
+
+
+def test_a_key_that_timed_neither_plan_tells_nothing_of_them():
+    # GROUPED is all that was timed at 4096: what 256 says of BMM and of the default holds as far as it is heard.
+    lookup = look_up(record(candidate(BMM, 0.5), at=key(tokens=256)), record(at=key(tokens=4096), default=GROUPED))
+    for tokens in (320, 1024):
+        assert stored(ask(lookup, key(tokens=tokens))) == BMM
+
+
+def test_a_default_that_was_not_timed_is_not_left_for_what_was():
+    # The rules change from the ragged to the padded layout; ragged is not timed beyond, padded not before.
+    ragged, padded = RULES.plan(workload()).plan, replace(RULES.plan(workload()).plan, layout="padded")
+    lookup = look_up(
+        record(candidate(BMM, 0.5), at=key(tokens=256)),
+        record(candidate(GROUPED, 1.1), at=key(tokens=4096), default=PADDED),
+    )
+    asked = workload(key(tokens=1024))
+    assert lookup.find(key(tokens=1024), asked, padded).plan == padded
+    assert stored(lookup.find(key(tokens=320), workload(key(tokens=320)), ragged)) == BMM
 
 
 def test_a_small_gain_far_away_is_not_taken():
@@ -260,3 +280,35 @@ def test_estimates_lie_between_what_was_measured(measured, tokens, top_k):
     if answer.tier in ("exact", "nearest"):
         chosen = {c.plan: c.ratio for c in answer.considered}[stored(answer)]
         assert chosen <= 1.0
+
+
+def test_tiles_are_compared_relative_to_the_rules_and_as_numbers():
+    # 2 threads, 8 experts, K=2, an even load: 256 rows an expert at 1024 tokens, 1024 at 4096: the rules' tiles, as
+    # each is at most half a thread's share of the rows. Half the rules' columns are 512 at both.
+    def wide(**change):
+        return key(model_dim=1024, hidden_dim=2048, expert_numbers=2 * 1024 * 2048, **change)
+
+    rows = {1024: 256, 2048: 512, 4096: 1024}
+    for tokens, expected in rows.items():
+        at = wide(tokens=tokens)
+        assert RULES.plan(workload(at)).plan.tile_rows == of_rules(at).rows == expected
+    narrow = {t: replace(DEFAULT, tile_rows=rows[t], tile_columns=512) for t in (1024, 4096)}
+    lookup = look_up(*(record(candidate(plan, 0.5), at=wide(tokens=t)) for t, plan in narrow.items()))
+    plan = ask(lookup, wide(tokens=2048)).plan
+    assert (plan.tile_rows, plan.tile_columns) == (512, 512)
+    assert str(replace(DEFAULT, tile_columns=512)) == "ragged/*x512"
+    # An expert of 128 columns is not cut by tiles of 512.
+    assert ask(look_up(record(candidate(replace(DEFAULT, tile_columns=512), 0.5))), key(tokens=1280)).tier == "nearest"
+    # 128 rows are 128 rows everywhere.
+    small = replace(DEFAULT, tile_rows=128, tile_columns=512)
+    lookup = look_up(*(record(candidate(small, 0.5), at=wide(tokens=t)) for t in (1024, 4096)))
+    plan = ask(lookup, wide(tokens=2048)).plan
+    assert (plan.tile_rows, plan.tile_columns) == (128, 512)
+    assert lookup.predict(wide(tokens=2048), workload(wide(tokens=2048)), plan) == pytest.approx(0.5)
+
+
+def test_another_machine_from_now_on():
+    lookup = look_up(record(candidate(BMM, 0.5)), hardware=on(HERE, units=64))
+    assert ask(lookup, key()).tier == "default"
+    lookup.hardware = HERE
+    assert ask(lookup, key()).tier == "exact"

@@ -13,8 +13,8 @@ from tutelx.bench.tables import seconds
 from tutelx.cli._db_show import chosen, label, opened, problems
 from tutelx.cli._db_workload import parse_workload
 from tutelx.planner import RulePlanner
+from tutelx.scheduler.models import fitted
 from tutelx.tuning.answer import TIERS, Answer
-from tutelx.tuning.cost import RateModel, calibrate, sheet_of
 from tutelx.tuning.hardware import Hardware
 from tutelx.tuning.here import here, software
 from tutelx.tuning.key import Key
@@ -34,7 +34,7 @@ def explain(args: argparse.Namespace, console: Console) -> int:
         for stored in database.records()
         if stored.record.hardware.same_as(hardware, links=stored.record.key.world > 1)
     ]
-    lookup = Lookup(database, hardware, RateModel(calibrate(own, sheet_of(hardware)).sheet), software=software())
+    lookup = Lookup(database, hardware, fitted(hardware, own), software=software())
     key, rule = Key.of(workload), RulePlanner().plan(workload)
     answer = lookup.find(key, workload, rule)
 

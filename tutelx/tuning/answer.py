@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tutelx.tuning.estimate import Estimate, Neighbour, estimates
+from tutelx.tuning.estimate import Estimate, Neighbour, estimate_default, estimates
 from tutelx.tuning.key import Key
 from tutelx.tuning.records import StoredPlan
 from tutelx.tuning.shelves import Shelf
@@ -74,14 +74,15 @@ def choose(
     wrong: Collection[StoredPlan] = (),
 ) -> Answer:
     """The plan with the least estimate that beats the default by `margin` and what measurements are unsure of."""
-    found = estimates(key, around, wrong)
     stored_default = StoredPlan.of(default, default)
-    base = found.get(stored_default)
-    log_base = 0.0 if base is None or base.wrong else base.log_ratio
+    found = estimates(key, around, stored_default, wrong)
+    base = estimate_default(key, around, stored_default)
+    log_base = base.log_ratio
     best: Estimate | None = None
     considered: list[tuple[Estimate, str]] = []
     for estimate in sorted(found.values(), key=lambda e: (e.log_ratio, e.plan.order)):
-        verdict = _verdict(estimate, workload, default, log_base, margin, is_default=estimate.plan == stored_default)
+        is_default = estimate.plan.plan(default) == default
+        verdict = _verdict(estimate, workload, default, log_base, margin, is_default=is_default)
         if not verdict and best is None:
             best = estimate
         elif not verdict:
@@ -93,7 +94,7 @@ def choose(
     reason = (
         f"the default, which none of {len(found)} plans beats" if best is None else f"{gain:.2f} of the default's time"
     )
-    seconds = None if answer is None else answer.seconds
+    seconds = answer.seconds
     return Answer(
         plan=plan,
         tier=tier,

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from tutelx.tuning.key import Key
-from tutelx.tuning.records import Record, StoredPlan
+from tutelx.tuning.records import Candidate, Record, StoredPlan
+from tutelx.tuning.tiles import Tiles, absolute, of_rules, relative
 
 MOST_NEIGHBOURS = 8
+UNTIMED = 1.5
+_LOG_UNTIMED = math.log(UNTIMED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbour:
-    """A measured key near the one that is asked for. weight: of all neighbours, 1. distance: in octaves."""
+    """A measured key near the one that is asked for. weight: of all neighbours, 1. distance: in octaves.
+
+    tiles: of the rules, for the key; plans are compared relative to them. None: for this very key, as they were stored.
+    """
 
     key: Key
     record: Record
     weight: float
     distance: float
+    tiles: Tiles | None = None
+
+    def candidates(self) -> dict[StoredPlan, Candidate]:
+        """By plan, with the tile in numbers."""
+        return {self.seen(candidate.plan): candidate for candidate in self.record.candidates}
+
+    def told(self, plan: StoredPlan) -> StoredPlan:
+        return plan if self.tiles is None else relative(plan, self.tiles)
+
+    def seen(self, plan: StoredPlan) -> StoredPlan:
+        return plan if self.tiles is None else absolute(plan, self.tiles)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,31 +84,62 @@ def neighbours(key: Key, records: Iterable[tuple[Key, Record]], *, nearest: floa
         if len(chosen) == MOST_NEIGHBOURS:
             break
     weights = _weights([offset for _, offset, _, _ in chosen])
-    return [Neighbour(key=k, record=r, weight=w, distance=d) for w, (d, _, k, r) in zip(weights, chosen) if w > 0]
+    return [
+        Neighbour(key=k, record=r, weight=w, distance=d, tiles=of_rules(k))
+        for w, (d, _, k, r) in zip(weights, chosen)
+        if w > 0
+    ]
 
 
-def estimates(key: Key, around: Sequence[Neighbour], wrong: Collection[StoredPlan] = ()) -> dict[StoredPlan, Estimate]:
-    """Of every plan that a neighbour has timed or found wrong. A neighbour that has not timed it, where it was not
-    worth that or could not run, counts as if the plan took the default's time there.
+def estimates(
+    key: Key, around: Sequence[Neighbour], default: StoredPlan, wrong: Collection[StoredPlan] = ()
+) -> dict[StoredPlan, Estimate]:
+    """Of every plan that a neighbour has timed or found wrong, its tile told relative to the rules'.
+
+    A neighbour that has not timed a plan did not find it worth that: it counts as UNTIMED times its default. One that
+    has not timed `default` either tells nothing of the two.
 
     wrong: plans that others have found wrong.
     """
-    plans = sorted({plan for each in around for plan in each.record.by_plan}, key=lambda plan: plan.order)
-    return {plan: _estimate(key, plan, around, wrong=plan in wrong) for plan in plans}
+    timed = [(each, each.candidates()) for each in around]
+    plans = sorted({each.told(plan) for each in around for plan in each.record.by_plan}, key=lambda plan: plan.order)
+
+    def untimed(each: Neighbour, candidates: dict[StoredPlan, Candidate]) -> float:
+        return _LOG_UNTIMED if each.seen(default) in candidates else _unbeaten(each, candidates)
+
+    return {plan: _estimate(key, plan, timed, wrong=plan in wrong, untimed=untimed) for plan in plans}
 
 
-def _estimate(key: Key, plan: StoredPlan, around: Sequence[Neighbour], *, wrong: bool) -> Estimate:
+def estimate_default(key: Key, around: Sequence[Neighbour], default: StoredPlan) -> Estimate:
+    """Of the plan that is to be beaten. A neighbour that has not timed it counts as if nothing beat it there."""
+    timed = [(each, each.candidates()) for each in around]
+    return _estimate(key, default, timed, wrong=False, untimed=_unbeaten)
+
+
+def _unbeaten(each: Neighbour, candidates: dict[StoredPlan, Candidate]) -> float:
+    return math.log(each.record.best.ratio)
+
+
+def _estimate(
+    key: Key,
+    plan: StoredPlan,
+    around: Sequence[tuple[Neighbour, dict[StoredPlan, Candidate]]],
+    *,
+    wrong: bool,
+    untimed: Callable[[Neighbour, dict[StoredPlan, Candidate]], float],
+) -> Estimate:
     log_ratio, variance = 0.0, 0.0
     timed: list[tuple[float, float, float]] = []  # weight, log of the work, log of the seconds
-    for each in around:
-        candidate = each.record.by_plan.get(plan)
-        if candidate is None:
+    for each, candidates in around:
+        candidate = candidates.get(each.seen(plan))
+        if candidate is None or not candidate.n:
+            wrong = wrong or candidate is not None
+            log_ratio += each.weight * untimed(each, candidates)
             continue
-        wrong = wrong or (candidate.status == "wrong" and plan != each.record.default)
-        if candidate.n:
-            log_ratio += each.weight * math.log(candidate.ratio)
-            variance += (each.weight * math.log1p(candidate.spread)) ** 2
-            timed.append((each.weight, _work(each.record.key), math.log(candidate.median)))
+        wrong = wrong or (candidate.status == "wrong" and candidate.plan != each.record.default)
+        log_ratio += each.weight * math.log(candidate.ratio)
+        variance += (each.weight * math.log1p(candidate.spread)) ** 2
+        timed.append((each.weight, _work(each.record.key), math.log(candidate.median)))
     # Rounded, so that another processor's logarithm does not choose another plan.
     return Estimate(
         plan=plan,

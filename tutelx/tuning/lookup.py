@@ -19,6 +19,7 @@ from tutelx.tuning.records import StoredPlan
 from tutelx.tuning.shelves import Shelf, Shelves, shelves
 from tutelx.tuning.space import is_legal, legal_plans
 from tutelx.tuning.store import Database, Stored
+from tutelx.tuning.tiles import of_rules, relative
 from tutelx.types import Decision, Plan, Workload
 
 NEAREST_CAP = 3.0  # octaves to the nearest measured key
@@ -52,7 +53,7 @@ class Lookup:
         self.database, self.hardware, self.cost_model = database, hardware, cost_model
         self.software = dict(software or {})
         self._shelves: dict[tuple, Shelves] = {}
-        self._version: int | None = None
+        self._seen: tuple[int, Hardware] | None = None
 
     def find(self, key: Key, workload: Workload, rule: Decision | Plan) -> Answer:
         """The plan to run. About a millisecond.
@@ -95,10 +96,14 @@ class Lookup:
         by_rule = rule.plan if isinstance(rule, Decision) else rule
         shelf = self._at_hand(key).own
         if shelf is not None:
-            found = estimates(key, self._around(shelf, key))
-            estimate = found.get(StoredPlan.of(plan, by_rule)) or found.get(StoredPlan.of(plan))
-            if estimate is not None and estimate.seconds is not None:
-                return estimate.seconds
+            found = estimates(key, self._around(shelf, key), StoredPlan.of(plan, by_rule))
+            forms = [StoredPlan.of(plan)]
+            if by_rule is not None:
+                forms.insert(0, StoredPlan.of(plan, by_rule))
+                forms.append(relative(forms[1], of_rules(key)))
+            for estimate in filter(None, map(found.get, forms)):
+                if estimate.seconds is not None:
+                    return estimate.seconds
         return self._by_model(workload, plan)
 
     def relevant(self, kind: tuple) -> Lookup:
@@ -141,10 +146,10 @@ class Lookup:
         return kind in found
 
     def _at_hand(self, key: Key) -> Shelves:
-        if self._version != self.database.version:
+        if self._seen != (self.database.version, self.hardware):
             records = [stored for stored in self.database.records() if stored.record.op == "layer"]
             self._shelves = shelves(records, self.hardware, self.software)
-            self._version = self.database.version
+            self._seen = (self.database.version, self.hardware)
         return self._shelves.get(key.kind, Shelves(own=None, siblings=()))
 
     def _exact(self, shelf: Shelf | None, key: Key, workload: Workload, default: Plan) -> Answer | Tried:

@@ -60,8 +60,11 @@ class StoredPlan:
     def __str__(self) -> str:
         plain = Plan(layout=self.layout, expert_kernel=self.expert_kernel)  # type: ignore[arg-type]
         text = str(self.plan(plain))
-        ruled = self.tile_rows is None and self.tile_columns is None
-        return text.replace(f"{plain.tile_rows}x{plain.tile_columns}", "tiled") if ruled else text
+        if self.expert_kernel != "tiled":
+            return text
+        rows, columns = self.tile_rows, self.tile_columns
+        told = "tiled" if rows is None and columns is None else f"{rows or '*'}x{columns or '*'}"
+        return text.replace(f"{rows or plain.tile_rows}x{columns or plain.tile_columns}", told, 1)
 
     @property
     def order(self) -> tuple[str, str, int, int, str, int, int]:

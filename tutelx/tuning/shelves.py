@@ -10,6 +10,7 @@ from tutelx.tuning.key import Key
 from tutelx.tuning.parse import to_line
 from tutelx.tuning.records import Record, StoredPlan
 from tutelx.tuning.store import Stored
+from tutelx.tuning.tiles import of_rules, relative
 from tutelx.tuning.union import staleness
 
 SIBLING_CAP = 4.0  # octaves of hardware, beyond which a machine is no sibling
@@ -33,7 +34,9 @@ class Shelf:
         return [(key, record) for key, record in self.records.items() if key not in self.stale]
 
     def wrong_near(self, key: Key, octaves: float) -> set[StoredPlan]:
-        return {plan for other, plans in self.wrong.items() if key.distance(other) <= octaves for plan in plans}
+        """As they were stored, and relative to the rules' tiles."""
+        near = [(of_rules(other), plans) for other, plans in self.wrong.items() if key.distance(other) <= octaves]
+        return {form for tiles, plans in near for plan in plans for form in (plan, relative(plan, tiles))}
 
 
 @dataclass(frozen=True, kw_only=True)
