@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -174,6 +175,22 @@ def test_here_measures_once_for_all_processes(fresh, tmp_path, monkeypatch):
     here(folder=tmp_path)
     assert len(fresh) == 2
     assert len(json.loads((tmp_path / "hardware.json").read_text())["machines"]) == 2
+
+
+def test_here_takes_what_another_rank_measured_while_it_waited(fresh, tmp_path, monkeypatch):
+    here(folder=tmp_path)
+    text = (tmp_path / "hardware.json").read_text()
+    (tmp_path / "hardware.json").unlink()
+    monkeypatch.setattr(here_module, "_known", {})
+
+    @contextmanager
+    def held_by_another(path):
+        path.write_text(text)
+        yield
+
+    monkeypatch.setattr(here_module.files, "locked", held_by_another)
+    assert here(folder=tmp_path) == HERE
+    assert len(fresh) == 1
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema":2,"machines":{}}', "\x00", '{"schema":1,"machines":{"a":{}}}'])
