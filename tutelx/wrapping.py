@@ -90,6 +90,8 @@ def wrap(
     A hand-written layer is replaced. The replacement holds the very same children: same parameters, same `state_dict`
     keys, so optimizers and checkpoints go on working and no copy is kept. The experts of a transformers model stay the
     modules that they are, switched one by one in that library's own registry (`tutelx.integrations.transformers`).
+    Layers of DeepSpeed, fairseq, st-moe-pytorch, mixture-of-experts and Megablocks are replaced as hand-written ones,
+    and keep the library's own gate (`tutelx.integrations.libraries`).
 
     A layer is recognised by its structure and by its numbers, for which it is run on a few tokens and left as it was.
     If it is not certain that the numbers stay equal, the layer is left alone and the logger "tutelx" says which
@@ -97,11 +99,12 @@ def wrap(
 
     Args:
         module: a model, or an MoE layer itself.
-        capacity: how many rows an expert may receive; dropless by default, which is what keeps the numbers.
+        capacity: how many rows an expert may receive; dropless by default, which is what keeps the numbers. What a
+            library's gate has dropped stays dropped.
         planner: chooses the plan of each call.
         mesh: the ranks that share the experts of a transformers model, each with its own tokens; as for `tutelx.MoE`.
             Every rank brings the same whole model and keeps its experts of it. All must call, and :func:`unwrap` too.
-        verify: run both layers on random input and compare outputs and all gradients.
+        verify: run both layers on random input and compare outputs and all gradients, which have to find room.
         strict: a layer that looks like an MoE layer and is not recognised is an error.
 
     Returns:
@@ -134,7 +137,7 @@ def wrap(
             continue
         if isinstance(report.spec, LibrarySpec):
             library = libraries.replace(layer, report.spec, capacity=capacity, planner=planner)
-            if verify and (reason := libraries.mismatch(layer, library, rows=_VERIFY_TOKENS)):
+            if verify and (reason := libraries.mismatch(layer, library, rows=_VERIFY_TOKENS, every=True)):
                 raise ParityError(f"{report.name or 'the module itself'} ({report.kind}): it {reason}")
             replacements[layer] = library
             continue

@@ -23,15 +23,16 @@ _MOST_GRADIENT_ERROR = 0.3
 Outcome = tuple[Any, list[Any], Gradients, torch.Tensor]
 
 
-def mismatch(original: nn.Module, wrapped: LibraryMoE, *, rows: int = 32) -> str | None:
+def mismatch(original: nn.Module, wrapped: LibraryMoE, *, rows: int = 32, every: bool = False) -> str | None:
     """Outputs, what the forward leaves behind, gradients and random state, in both modes; None if all agree.
 
     rows: the least tokens of each example.
+    every: compare the gradients of all parameters, not only of as many as are small beside the layer.
 
     Raises:
         Declined: running the layer writes to its parameters.
     """
-    names = _light(original)
+    names = [name for name, _ in original.named_parameters()] if every else _light(original)
     dtype = next(original.parameters()).dtype
     with Sandbox(original), torch.enable_grad():
         for mode in (False, True):
@@ -66,8 +67,9 @@ def _light(layer: nn.Module) -> list[str]:
 def _outcome(module: nn.Module, wrapped: LibraryMoE, example: tuple, names: list[str]) -> Outcome:
     """What is returned; it and what is left behind as a list; gradients; the random state afterwards."""
     own = dict(module.named_parameters())
+    light = _light(module)
     # Copies of the small ones, so that a forward that writes to them is found out before it does harm.
-    aliases = {p: p.detach().clone() if name in names else p.detach() for name, p in own.items()}
+    aliases = {p: p.detach().clone() if name in light else p.detach() for name, p in own.items()}
     versions = {parameter: alias._version for parameter, alias in aliases.items()}
     leaves = {name: aliases[own[name]].requires_grad_() for name in names}
 
