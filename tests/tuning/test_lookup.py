@@ -147,6 +147,30 @@ def test_a_default_that_was_not_timed_is_not_left_for_what_was():
     assert stored(lookup.find(key(tokens=320), workload(key(tokens=320)), ragged)) == BMM
 
 
+class Links:
+    """Rows take time, gathered weights take as long for any tokens."""
+
+    def predict(self, workload, plan):
+        total = 7.0 if plan.shard_degree == 0 else workload.tokens / 100
+        return Cost(total=total, compute=0.0, exchange=0.0, weights=0.0, memory=0.0)
+
+
+def test_across_a_crossover_each_plan_follows_the_model():
+    # Rows: 1 s at 256 tokens, so 8 s at 2048; they were not worth a measurement at 4096. Weights: 4 s anywhere.
+    rows, weights = DEFAULT, replace(DEFAULT, shard_degree=0)
+    at = {tokens: key(tokens=tokens, world=2, ranks_per_node=1) for tokens in (256, 512, 2048, 4096)}
+    few = record(candidate(weights, 4.0), at=at[256], default=rows)
+    many = record(at=at[4096], seconds=4.0, default=weights)
+    lookup = look_up(few, many, model=Links())
+    for tokens, best in ((512, rows), (2048, weights)):
+        asked = workload(at[tokens], shard_degrees=(0, 1))
+        for default in (rows, weights):
+            answer = lookup.find(at[tokens], asked, default.plan(Plan()))
+            assert answer.plan == best.plan(Plan())
+            predicted = {c.plan: c.predicted for c in answer.considered}
+            assert predicted == {rows: pytest.approx(tokens / 256), weights: pytest.approx(4.0)}
+
+
 def test_a_small_gain_far_away_is_not_taken():
     lookup = look_up(record(candidate(BMM, 0.975), at=key()))
     assert stored(ask(lookup, key(tokens=1280))) == BMM  # 0.3 octaves: a margin of 1.3%

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tutelx.tuning.estimate import Estimate, Neighbour, estimate_default, estimates
+from tutelx.tuning.estimate import Estimate, Neighbour, Trend, estimate_default, estimates
 from tutelx.tuning.key import Key
 from tutelx.tuning.records import StoredPlan
 from tutelx.tuning.shelves import Shelf
@@ -71,18 +71,20 @@ def choose(
     default: Plan,
     *,
     margin: float,
+    trend: Trend | None = None,
     wrong: Collection[StoredPlan] = (),
 ) -> Answer:
     """The plan with the least estimate that beats the default by `margin` and what measurements are unsure of."""
     stored_default = StoredPlan.of(default, default)
-    found = estimates(key, around, stored_default, wrong)
-    base = estimate_default(key, around, stored_default)
-    log_base = base.log_ratio
+    found = estimates(key, around, stored_default, wrong, trend)
+    base = estimate_default(key, around, stored_default, trend)
+    log_base = base.log_seconds
+    sure_base = log_base if base.keys or trend is None else log_base - base.spread
     best: Estimate | None = None
     considered: list[tuple[Estimate, str]] = []
-    for estimate in sorted(found.values(), key=lambda e: (e.log_ratio, e.plan.order)):
+    for estimate in sorted(found.values(), key=lambda e: (e.log_seconds, e.plan.order)):
         is_default = estimate.plan.plan(default) == default
-        verdict = _verdict(estimate, workload, default, log_base, margin, is_default=is_default)
+        verdict = _verdict(estimate, workload, default, sure_base, margin, is_default=is_default)
         if not verdict and best is None:
             best = estimate
         elif not verdict:
@@ -90,7 +92,7 @@ def choose(
         considered.append((estimate, verdict))
     answer = base if best is None else best
     plan = default if best is None else best.plan.plan(default)
-    gain = math.exp((log_base if best is None else best.log_ratio) - log_base)
+    gain = math.exp((log_base if best is None else best.log_seconds) - log_base)
     reason = (
         f"the default, which none of {len(found)} plans beats" if best is None else f"{gain:.2f} of the default's time"
     )
@@ -105,7 +107,7 @@ def choose(
         considered=tuple(
             Considered(
                 plan=each.plan,
-                ratio=math.exp(each.log_ratio - log_base),
+                ratio=math.exp(each.log_seconds - log_base),
                 predicted=each.seconds,
                 verdict="" if best is None and each.plan == stored_default else verdict,
             )
@@ -126,9 +128,9 @@ def _verdict(
         return "was not timed"
     if not can_run(estimate.plan.plan(default), workload):
         return "cannot run here"
-    gain = 1 - math.exp(estimate.log_ratio + estimate.spread - log_base)
+    gain = 1 - math.exp(estimate.log_seconds + estimate.spread - log_base)
     if gain <= margin:
-        return "takes no less than the default" if estimate.log_ratio >= log_base else "gains too little to be sure"
+        return "takes no less than the default" if estimate.log_seconds >= log_base else "gains too little to be sure"
     return ""
 
 

@@ -12,7 +12,11 @@ from tutelx.tuning.tiles import Tiles, absolute, of_rules, relative
 
 MOST_NEIGHBOURS = 8
 UNTIMED = 1.5
+UNSEEN = 0.1  # how far the trend alone may be off, as a logarithm
 _LOG_UNTIMED = math.log(UNTIMED)
+
+# Log of what a plan should take, but for a factor that is the same at all keys.
+Trend = Callable[[Key, StoredPlan], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +47,16 @@ class Neighbour:
 class Estimate:
     """What is expected of a plan.
 
-    log_ratio: log of its time over the default's; spread: how far it may be off, by the measurements alone.
-    seconds: of a call; None if no neighbour has timed it. keys: neighbours that have.
+    log_seconds: log of the seconds of a call, by which plans are compared. spread: how far it may be off.
+    seconds: of a call, by those neighbours alone that have timed the plan; None if none has. keys: how many have.
     """
 
     plan: StoredPlan
-    log_ratio: float
+    log_seconds: float
     spread: float
     seconds: float | None
     keys: int
     wrong: bool = False
-
-    @property
-    def ratio(self) -> float:
-        return math.exp(self.log_ratio)
 
 
 def neighbours(key: Key, records: Iterable[tuple[Key, Record]], *, nearest: float, farthest: float) -> list[Neighbour]:
@@ -92,12 +92,19 @@ def neighbours(key: Key, records: Iterable[tuple[Key, Record]], *, nearest: floa
 
 
 def estimates(
-    key: Key, around: Sequence[Neighbour], default: StoredPlan, wrong: Collection[StoredPlan] = ()
+    key: Key,
+    around: Sequence[Neighbour],
+    default: StoredPlan,
+    wrong: Collection[StoredPlan] = (),
+    trend: Trend | None = None,
 ) -> dict[StoredPlan, Estimate]:
     """Of every plan that a neighbour has timed or found wrong, its tile told relative to the rules'.
 
-    A neighbour that has not timed a plan did not find it worth that: it counts as UNTIMED times its default. One that
-    has not timed `default` either tells nothing of the two.
+    A plan's time is the trend's at the key, times the weighted mean (of logarithms) of what its measured times are over
+    the trend's at the neighbours. So a plan that is best on one side of a crossover, and was not worth a measurement on
+    the other, is followed across it. Without a trend all plans follow the work, and a neighbour that has not timed a
+    plan did not find it worth that: it counts as UNTIMED times its default. One that has not timed `default` either
+    tells nothing of the two.
 
     wrong: plans that others have found wrong.
     """
@@ -107,13 +114,19 @@ def estimates(
     def untimed(each: Neighbour, candidates: dict[StoredPlan, Candidate]) -> float:
         return _LOG_UNTIMED if each.seen(default) in candidates else _unbeaten(each, candidates)
 
-    return {plan: _estimate(key, plan, timed, wrong=plan in wrong, untimed=untimed) for plan in plans}
+    return {
+        plan: _estimate(key, plan, timed, trend, wrong=plan in wrong, untimed=untimed if trend is None else None)
+        for plan in plans
+    }
 
 
-def estimate_default(key: Key, around: Sequence[Neighbour], default: StoredPlan) -> Estimate:
-    """Of the plan that is to be beaten. A neighbour that has not timed it counts as if nothing beat it there."""
+def estimate_default(
+    key: Key, around: Sequence[Neighbour], default: StoredPlan, trend: Trend | None = None
+) -> Estimate:
+    """Of the plan that is to be beaten. A neighbour that has not timed it counts as if nothing beat it there; with a
+    trend it counts only if no neighbour has."""
     timed = [(each, each.candidates()) for each in around]
-    return _estimate(key, default, timed, wrong=False, untimed=_unbeaten)
+    return _estimate(key, default, timed, trend, wrong=False, untimed=_unbeaten if trend is None else None)
 
 
 def _unbeaten(each: Neighbour, candidates: dict[StoredPlan, Candidate]) -> float:
@@ -124,46 +137,80 @@ def _estimate(
     key: Key,
     plan: StoredPlan,
     around: Sequence[tuple[Neighbour, dict[StoredPlan, Candidate]]],
+    trend: Trend | None,
     *,
     wrong: bool,
-    untimed: Callable[[Neighbour, dict[StoredPlan, Candidate]], float],
+    untimed: Callable[[Neighbour, dict[StoredPlan, Candidate]], float] | None,
 ) -> Estimate:
-    log_ratio, variance = 0.0, 0.0
-    timed: list[tuple[float, float, float]] = []  # weight, log of the work, log of the seconds
+    follow = trend or _by_work
+    here = follow(key, plan)
+    timed, guessed = _Mean(), _Mean()
+    variance, keys = 0.0, 0
     for each, candidates in around:
         candidate = candidates.get(each.seen(plan))
+        off = _default_seconds(each.record) - follow(each.key, plan)
         if candidate is None or not candidate.n:
             wrong = wrong or candidate is not None
-            log_ratio += each.weight * untimed(each, candidates)
+            if untimed is not None:
+                guessed.add(each.weight, untimed(each, candidates) + off)
             continue
         wrong = wrong or (candidate.status == "wrong" and candidate.plan != each.record.default)
-        log_ratio += each.weight * math.log(candidate.ratio)
         variance += (each.weight * math.log1p(candidate.spread)) ** 2
-        timed.append((each.weight, _work(each.record.key), math.log(candidate.median)))
+        timed.add(each.weight, math.log(candidate.ratio) + off)
+        keys += 1
+    both = timed.with_(guessed)
+    spread = math.sqrt(variance)
+    if untimed is None:
+        spread = spread / max(timed.weight, 1e-9) + UNSEEN * (1 - min(1.0, timed.weight))
+    if not both.weight:
+        both, spread = _of_others(around, follow), UNSEEN
     # Rounded, so that another processor's logarithm does not choose another plan.
     return Estimate(
         plan=plan,
-        log_ratio=round(log_ratio, 9),
-        spread=round(math.sqrt(variance), 9),
-        seconds=math.exp(_at(_work(key), timed)) if timed else None,
-        keys=len(timed),
+        log_seconds=round(here + both.value, 9),
+        spread=round(spread, 9),
+        seconds=math.exp(here + timed.value) if keys else None,
+        keys=keys,
         wrong=wrong,
     )
 
 
-def _at(work: float, timed: Sequence[tuple[float, float, float]]) -> float:
-    """Log of the seconds: the mean, each carried to this work along the slope between the least and the most work,
-    which is taken for 1 where there is one only, and never for more."""
-    least, most = min(timed, key=lambda t: t[1]), max(timed, key=lambda t: t[1])
-    slope = 1.0
-    if most[1] > least[1]:
-        slope = min(max((most[2] - least[2]) / (most[1] - least[1]), 0.0), 1.0)
-    total = sum(weight for weight, _, _ in timed)
-    return sum(weight * (seconds + slope * (work - at)) for weight, at, seconds in timed) / total
+@dataclass
+class _Mean:
+    weight: float = 0.0
+    total: float = 0.0
+
+    def add(self, weight: float, value: float) -> None:
+        self.weight += weight
+        self.total += weight * value
+
+    def with_(self, other: _Mean) -> _Mean:
+        return _Mean(self.weight + other.weight, self.total + other.total)
+
+    @property
+    def value(self) -> float:
+        return self.total / self.weight if self.weight else 0.0
 
 
-def _work(key: Key) -> float:
-    """Log of the multiplications of one matrix of each slot."""
+def _of_others(around: Sequence[tuple[Neighbour, dict[StoredPlan, Candidate]]], follow: Trend) -> _Mean:
+    """How far off the trend is for the plans that were timed."""
+    mean = _Mean()
+    for each, candidates in around:
+        for plan, candidate in candidates.items():
+            if candidate.n:
+                seconds = _default_seconds(each.record) + math.log(candidate.ratio)
+                mean.add(each.weight / len(candidates), seconds - follow(each.key, plan))
+    return mean
+
+
+def _default_seconds(record: Record) -> float:
+    """Log of what ratios are ratios to."""
+    default = record.by_plan[record.default]
+    return math.log(default.median) if default.n else 0.0
+
+
+def _by_work(key: Key, plan: StoredPlan) -> float:
+    """The same for all plans: log of the multiplications of one matrix of each slot."""
     return sum(math.log(max(size, 1)) for size in (key.tokens, key.top_k, key.model_dim, key.hidden_dim))
 
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 from tutelx.errors import InvalidValueError
 from tutelx.tuning import strict
 from tutelx.tuning.answer import TIERS, Answer, Considered, Tier, Tried, choose
-from tutelx.tuning.cost import CostModel
-from tutelx.tuning.estimate import Neighbour, estimates, neighbours
+from tutelx.tuning.cost import CostModel, from_hardware, workload_of
+from tutelx.tuning.estimate import Neighbour, Trend, estimates, neighbours
 from tutelx.tuning.hardware import Hardware
 from tutelx.tuning.key import Key
 from tutelx.tuning.parse import from_line, to_line
@@ -52,6 +52,7 @@ class Lookup:
     ) -> None:
         self.database, self.hardware, self.cost_model = database, hardware, cost_model
         self.software = dict(software or {})
+        self._by_sheet = from_hardware(hardware)
         self._shelves: dict[tuple, Shelves] = {}
         self._seen: tuple[int, Hardware] | None = None
 
@@ -96,7 +97,7 @@ class Lookup:
         by_rule = rule.plan if isinstance(rule, Decision) else rule
         shelf = self._at_hand(key).own
         if shelf is not None:
-            found = estimates(key, self._around(shelf, key), StoredPlan.of(plan, by_rule))
+            found = estimates(key, self._around(shelf, key), StoredPlan.of(plan, by_rule), trend=self._trend(key))
             forms = [StoredPlan.of(plan)]
             if by_rule is not None:
                 forms.insert(0, StoredPlan.of(plan, by_rule))
@@ -167,7 +168,9 @@ class Lookup:
             return Tried(tier="nearest", reason=_too_far(key, shelf))
         margin = LEAST_GAIN + GAIN_AN_OCTAVE * around[0].distance
         wrong = shelf.wrong_near(key, BRACKET_CAP)
-        return choose("nearest", shelf, key, around, workload, default, margin=margin, wrong=wrong)
+        return choose(
+            "nearest", shelf, key, around, workload, default, margin=margin, trend=self._trend(key), wrong=wrong
+        )
 
     def _sibling(self, siblings: Sequence[Shelf], key: Key, workload: Workload, default: Plan) -> Answer | Tried:
         reason = "no sibling machine has measured this kind"
@@ -176,7 +179,9 @@ class Lookup:
             if around:
                 margin = LEAST_GAIN + GAIN_AN_OCTAVE * (around[0].distance + shelf.distance)
                 wrong = shelf.wrong_near(key, BRACKET_CAP)
-                return choose("sibling", shelf, key, around, workload, default, margin=margin, wrong=wrong)
+                return choose(
+                    "sibling", shelf, key, around, workload, default, margin=margin, trend=self._trend(key), wrong=wrong
+                )
             reason = f"{shelf.name}: {_too_far(key, shelf)}"
         return Tried(tier="sibling", reason=reason)
 
@@ -203,6 +208,19 @@ class Lookup:
             for plan in sorted(known, key=lambda plan: seconds[plan])
         )
         return Answer(plan=best, tier="model", reason=reason, predicted=seconds[best], considered=considered)
+
+    def _trend(self, key: Key) -> Trend | None:
+        """Over ranks plans send different things, which the cost model counts; on one process they differ by factors
+        that the measurements tell better."""
+        if key.world == 1:
+            return None
+        model = self.cost_model or self._by_sheet
+
+        def predicted(at: Key, plan: StoredPlan) -> float:
+            total = model.predict(workload_of(at), plan.plan(Plan())).total
+            return math.log(total) if 0 < total < math.inf else 0.0
+
+        return predicted
 
     def _around(self, shelf: Shelf, key: Key) -> list[Neighbour]:
         """Measured by these versions, if any of those is near enough, else by any."""
