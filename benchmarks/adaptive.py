@@ -107,15 +107,14 @@ def _decision(subject: Subject, told: Workload) -> Decision:
 
 
 class Replay:
-    """Runs the calls of a trace on this rank, with as many tokens as asked for."""
+    """Runs the calls of a trace on this rank, with `scale` times their tokens."""
 
-    def __init__(self, setting: Setting, tokens: int) -> None:
-        self.setting, self.tokens, self.subject = setting, tokens, setting.subject
+    def __init__(self, setting: Setting, scale: float, most: int) -> None:
+        self.setting, self.scale, self.subject = setting, scale, setting.subject
         self.scheduler, self.rules = Scheduler(setting.db), self.subject.layer.planner
         generator = torch.Generator().manual_seed(dist.get_rank(setting.group))
-        sizes = tokens, setting.shape.model_dim
-        self.x, self.grad = (torch.randn(sizes, generator=generator) for _ in range(2))
-        self.x.requires_grad_()
+        sizes = self._scaled(most), setting.shape.model_dim
+        self.x_TM, self.grad_TM = (torch.randn(sizes, generator=generator) for _ in range(2))
 
     def plans(self, call: traces.Call) -> list[Plan]:
         """Every plan across the ranks, each in the layout, kernel and tiles of the default."""
@@ -127,15 +126,16 @@ class Replay:
         return [p for p in plans if (p.layout, p.tile_columns) == (default.layout, default.tile_columns)]
 
     def timed(self, call: traces.Call, plan: Plan | None) -> float:
-        ids = call.expert_ids(self.tokens)
+        tokens = self._scaled(call.tokens)
+        ids, x_TM = call.expert_ids(tokens), self.x_TM[:tokens].requires_grad_()
         weights = torch.full(ids.shape, 1 / call.top_k).requires_grad_()
         layer = self.subject.layer
-        for leaf in (self.x, *layer.parameters()):
+        for leaf in layer.parameters():
             leaf.grad = None
         self.subject.router.routing = Routing(expert_ids=ids, weights=weights)
         dist.barrier(self.setting.group)
         begin = time.perf_counter()
-        layer(self.x, plan=plan).backward(self.grad)
+        layer(x_TM, plan=plan).backward(self.grad_TM[:tokens])
         return time.perf_counter() - begin
 
     def run(self, calls: Sequence[traces.Call], rounds: int) -> Iterator[tuple[dict[str, list[float]], str]]:
@@ -157,6 +157,9 @@ class Replay:
                         chosen = _across(decision.plan)
             yield samples, chosen
 
+    def _scaled(self, tokens: int) -> int:
+        return max(1, round(self.scale * tokens))
+
     def _tiled(self, plan: Plan | None) -> Plan | None:
         """The tiles of a plan follow the load, as the default's do."""
         heard = self.subject.planner.heard
@@ -166,9 +169,10 @@ class Replay:
         return replace(plan, tile_rows=rule.tile_rows, tile_columns=rule.tile_columns)
 
 
-def trace(setting: Setting, calls: Sequence[traces.Call], tokens: int, rounds: int) -> dict[str, Any]:
+def trace(setting: Setting, calls: Sequence[traces.Call], scale: float, rounds: int) -> dict[str, Any]:
     samples, chosen = [], Counter()
-    for number, (found, plan) in enumerate(Replay(setting, tokens).run(calls, rounds), 1):
+    replay = Replay(setting, scale, max(call.tokens for call in calls))
+    for number, (found, plan) in enumerate(replay.run(calls, rounds), 1):
         names = list(found)
         slowest = torch.tensor([found[name] for name in names], dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX, setting.group)
@@ -233,7 +237,7 @@ def main() -> int:
                     sys.stdout.flush()
             found = {**_summary(rows), "rows": rows}
         else:
-            found = trace(setting, traces.read(args.file)[: args.calls], args.tokens[0], args.rounds)
+            found = trace(setting, traces.read(args.file)[: args.calls], args.scale, args.rounds)
         if dist.get_rank() == 0:
             short = {key: value for key, value in found.items() if key not in ("rows", "samples")}
             sys.stdout.write(json.dumps(short, indent=1) + "\n")
@@ -266,11 +270,12 @@ def _arguments() -> argparse.Namespace:
             command.add_argument("file", type=Path)
             command.add_argument("--calls", type=int, help="only so many")
             command.add_argument("--rounds", type=int, default=3)
+            command.add_argument("--scale", type=float, default=1.0, help="tokens of a rank for each of the trace's")
         else:
+            command.add_argument("--tokens", type=_numbers, required=True, help="of a rank")
             command.add_argument("--top-k", type=_numbers, default=[2, 3])
             command.add_argument("--capacity", type=_numbers, default=[1.4, 1.7, 2.8])
             command.add_argument("--seconds", type=float, default=4.0, help="of timing one workload's plans")
-        command.add_argument("--tokens", type=_numbers, required=True, help="of a rank")
         command.add_argument("--db", type=Path, required=True)
         command.add_argument("--json", type=Path)
         command.add_argument("--model-dim", type=int, default=256)

@@ -3,19 +3,20 @@
     python benchmarks/traces.py benchmarks/traces/demo.jsonl --experts 4 --top-k 1 --steps 200
 
 trains the demo's model, wrapped, and keeps what its monitor wrote of each call, one object a line: step, layer, tokens,
-top_k, needed_capacity_factor, and load [E], the slots that asked for each expert. `--synthetic` writes the load that a
-square wave from balanced to one expert alone would have.
+top_k, needed_capacity_factor, and load [E], the slots that asked for each expert. Each step has sequences of another
+length, from a third of the demo's to twice as long, as texts have. `--synthetic` writes a square wave instead: balanced
+loads of n tokens, then of four times as many.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import random
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 if not __package__:  # run as a file
@@ -72,35 +73,32 @@ def write(path: Path, calls: Iterable[Call]) -> None:
 
 
 def record(settings: Settings) -> list[Call]:
-    """Trains the demo's wrapped model."""
-    batches = text.training_batches(text.load(settings), settings)
+    """Trains the demo's wrapped model on sequences of 1/3 to 2 times the settings' length, evenly in logarithms."""
+    longest = replace(settings, seq=2 * settings.seq)
+    batches = text.training_batches(text.load(longest), longest)
+    lengths = random.Random(settings.seed)
     run = Run("wrapped", tutelx.wrap(model.build(settings), strict=True), settings)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "monitor.jsonl"
         with Monitor(run.model, jsonl=path) as monitor:
             for i in range(len(batches)):
-                run.step(batches[i])
+                length = round(longest.seq * 6 ** -lengths.random())
+                inputs, targets = batches[i]
+                run.step((inputs[:, :length].contiguous(), targets[:, :length].contiguous()))
                 monitor.step()
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     names = list(Call.__dataclass_fields__)
     return [Call(**{**{name: line[name] for name in names}, "load": tuple(line["load"])}) for line in lines]
 
 
-def synthetic(steps: int, num_experts: int, *, tokens: int, most: float = 4.0, period: int = 40) -> list[Call]:
-    """Top-1 choices whose needed capacity factor is 1 for half of a period and `most`, at most E, for the other."""
+def synthetic(steps: int, num_experts: int, *, tokens: int, period: int = 40) -> list[Call]:
+    """Balanced top-1 choices of `tokens` tokens for half of a period, and of four times as many for the other."""
     calls = []
     for step in range(steps):
-        factor = 1.0 if step % period < period / 2 else min(most, num_experts)
-        fullest = min(tokens, math.ceil(factor * tokens / num_experts))
-        rest = tokens - fullest
-        load = [
-            fullest,
-            *(rest * (e + 1) // (num_experts - 1) - rest * e // (num_experts - 1) for e in range(num_experts - 1)),
-        ]
-        needed = max(load) * num_experts / tokens
-        calls.append(
-            Call(step=step, layer="moe", tokens=tokens, top_k=1, needed_capacity_factor=needed, load=tuple(load))
-        )
+        now = tokens if step % period < period / 2 else 4 * tokens
+        load = tuple(now * (e + 1) // num_experts - now * e // num_experts for e in range(num_experts))
+        needed = max(load) * num_experts / now
+        calls.append(Call(step=step, layer="moe", tokens=now, top_k=1, needed_capacity_factor=needed, load=load))
     return calls
 
 
@@ -109,15 +107,16 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--top-k", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--synthetic", action="store_true")
     args = parser.parse_args()
-    settings = Settings(steps=args.steps, experts=args.experts, top_k=args.top_k)
-    tokens = settings.batch * settings.seq
+    settings = Settings(steps=args.steps, experts=args.experts, top_k=args.top_k, layers=args.layers)
+    tokens = settings.batch * settings.seq // 2
     calls = synthetic(args.steps, args.experts, tokens=tokens) if args.synthetic else record(settings)
     write(args.file, calls)
-    factors = [call.needed_capacity_factor for call in calls]
-    sys.stdout.write(f"{len(calls)} calls, needed capacity factor {min(factors):.2f} to {max(factors):.2f}\n")
+    rows = [max(call.load) for call in calls]
+    sys.stdout.write(f"{len(calls)} calls, needed capacity {min(rows)} to {max(rows)} rows\n")
     return 0
 
 

@@ -34,10 +34,10 @@ def test_replayed_ids_have_the_recorded_shares(load, top_k, tokens):
 
 
 def test_square_wave():
-    calls = traces.synthetic(4, 4, tokens=8, most=4.0, period=4)
-    # Balanced, 2 a piece, for two steps; then all 8 tokens want expert 0.
-    assert [c.load for c in calls] == [(2, 2, 2, 2), (2, 2, 2, 2), (8, 0, 0, 0), (8, 0, 0, 0)]
-    assert [c.needed_capacity_factor for c in calls] == [1.0, 1.0, 4.0, 4.0]
+    calls = traces.synthetic(4, 4, tokens=6, period=4)
+    # 6 tokens over 4 experts for two steps, then 24.
+    assert [c.load for c in calls] == [(1, 2, 1, 2), (1, 2, 1, 2), (6, 6, 6, 6), (6, 6, 6, 6)]
+    assert [c.needed_capacity_factor for c in calls] == [2 * 4 / 6, 2 * 4 / 6, 1.0, 1.0]
 
 
 def test_traces_are_read_as_written(tmp_path):
@@ -62,7 +62,7 @@ def replay(group, db):
     setting = adaptive.Setting(
         shape=Shape(model_dim=4, hidden_dim=4, num_experts=4), world=World(world=2), group=group, db=db
     )
-    return adaptive.trace(setting, [call([2, 2, 2, 2]), call([5, 1, 1, 1])], tokens=8, rounds=1)
+    return adaptive.trace(setting, [call([2, 2, 2, 2]), call([5, 1, 1, 1])], scale=1.0, rounds=1)
 
 
 def test_totals(ranks, tmp_path):
