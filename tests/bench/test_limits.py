@@ -24,6 +24,8 @@ SHAPE = Shape(T=8, D=16, K=2, E=4, H=32)
         (limits.encode, 4, (8 + 16) * 16 * 4),
         # 8 gradients in, 16 rows in, 16 out
         (limits.decode_backward, 2, (8 + 16 + 16) * 16 * 2),
+        # 16 empty rows
+        (limits.clear_empty, 4, 16 * 16 * 4),
         (limits.activation, 2, 3 * 16 * 32 * 2),
         (limits.activation_backward, 4, 5 * 16 * 32 * 4),
     ],
@@ -35,10 +37,13 @@ def test_bytes(formula, S, expected):
 def test_only_touched_experts_are_read():
     matrix = 16 * 32 * 4
     assert limits.expert_ffn(SHAPE, 4, touched=3) == 2 * 16 * 16 * 4 + 3 * 3 * matrix
+    # 16 rows of 16 in, of 32 out, 3 matrices
+    assert limits.expert_linear(SHAPE, 4, touched=3) == 16 * (16 + 32) * 4 + 3 * matrix
     # x, y and their gradients; 3 experts read twice, 4 written
     assert limits.layer(SHAPE, 4, touched=3) == 4 * 8 * 16 * 4 + (3 + 3 + 4) * 3 * matrix
 
 
 def test_operations():
     assert limits.expert_ffn_flops(SHAPE) == 16 * 3 * 2 * 16 * 32
+    assert limits.expert_linear_flops(SHAPE) == 16 * 2 * 16 * 32
     assert limits.layer_flops(SHAPE) == 3 * limits.expert_ffn_flops(SHAPE)

@@ -58,7 +58,7 @@ def test_a_row_of_every_op(op, dtype):
     row = measure(subject, dtype=dtype)
     assert (row.status, row.error) == ("ok", None)
     assert [each.kind for each in row.measured[:3]] == ["ours", "yardstick", "plain"]
-    yardsticks = {"expert_ffn": "GEMMs", "layer": "GEMMs", "layer_inference": "read"}
+    yardsticks = {"expert_ffn": "GEMMs", "expert_linear": "GEMMs", "layer": "GEMMs", "layer_inference": "read"}
     assert row.one("yardstick").name == yardsticks.get(op, "copy")
     assert [each.name for each in row.measured if each.kind == "reference"] == (
         ["reference"] if subject.reference else []

@@ -57,6 +57,16 @@ def expert_ffn(shape: Shape, S: int, touched: int) -> int:
     return 2 * shape.rows * shape.D * S + touched * _matrices(shape, S)
 
 
+def expert_linear(shape: Shape, S: int, touched: int) -> int:
+    """Rows in, rows of H out, and one matrix of every expert that got a row."""
+    return shape.rows * (shape.D + shape.H) * S + touched * shape.D * shape.H * S
+
+
+def clear_empty(shape: Shape, S: int) -> int:
+    """Each empty row written; of the padded layout at a capacity factor of 2 as many as are filled."""
+    return shape.rows * shape.D * S
+
+
 def layer(shape: Shape, S: int, touched: int) -> int:
     """Forward and backward: x, y and their gradients; the touched experts' matrices read twice; all gradients
     written, zeros for an expert that got no row. The router's share is left out."""
@@ -71,6 +81,10 @@ def layer_inference(shape: Shape, S: int, touched: int) -> int:
 def expert_ffn_flops(shape: Shape) -> int:
     """Three products of D x H a row, two operations each."""
     return 6 * shape.rows * shape.D * shape.H
+
+
+def expert_linear_flops(shape: Shape) -> int:
+    return 2 * shape.rows * shape.D * shape.H
 
 
 def layer_flops(shape: Shape) -> int:

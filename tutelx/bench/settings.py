@@ -18,9 +18,11 @@ OPS = (
     "encode_backward",
     "decode",
     "decode_backward",
+    "clear_empty",
     "activation",
     "activation_backward",
     "expert_ffn",
+    "expert_linear",
     "layer",
     "layer_inference",
 )

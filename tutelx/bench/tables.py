@@ -121,7 +121,7 @@ def shape(row: Record) -> str:
     """Without what the op does not depend on."""
     depends = {"gate": "TKE", "gate_backward": "TKE", "route": "TKE"}
     depends |= {"activation": "TKH", "activation_backward": "TKH", "expert_ffn": "TDKEH", "layer": "TDKEH"}
-    depends |= {"layer_inference": "TDKEH"}
+    depends |= {"layer_inference": "TDKEH", "expert_linear": "TDKEH"}
     names = depends.get(row["op"], "TDKE") + ("S" if row["shape"].get("S", 1) > 1 else "")
     return " ".join(f"{name}{size}" for name, size in row["shape"].items() if name in names)
 

@@ -1,4 +1,7 @@
-"""expert_ffn, forward: gated experts over the rows that arrived. R rows, E experts, D model dim, H hidden dim."""
+"""expert_ffn and expert_linear, forward: gated experts, and one matrix an expert, over the rows that arrived.
+
+R rows, E experts, D model dim, H hidden dim.
+"""
 
 from __future__ import annotations
 
@@ -87,6 +90,19 @@ def _gemms(inputs: ExpertInputs) -> None:
         torch.mm(torch.mm(x, ups[e].T), downs[e].T)
 
 
+def _up_loop(inputs: ExpertInputs) -> torch.Tensor:
+    (ups,) = inputs.weights.up
+    out = inputs.rows_RD.new_empty((inputs.rows_RD.shape[0], ups.shape[1]))
+    for e, begin, end in inputs.used:
+        torch.mm(inputs.rows_RD[begin:end], ups[e].T, out=out[begin:end])
+    return out
+
+
+def _up_grouped_mm(inputs: ExpertInputs) -> torch.Tensor:
+    (ups,) = inputs.weights.up
+    return F.grouped_mm(inputs.rows_RD, ups.transpose(1, 2), offs=inputs.map.offsets[1:])
+
+
 SUBJECTS = (
     Subject(
         op="expert_ffn",
@@ -98,5 +114,16 @@ SUBJECTS = (
         gemms=_gemms,
         must_move=lambda shape, S: limits.expert_ffn(shape, S, touched(shape)),
         flops=limits.expert_ffn_flops,
+    ),
+    Subject(
+        op="expert_linear",
+        make=_make,
+        rotate=_rotate,
+        ours=lambda inputs: ops.expert_linear(inputs.rows_RD, inputs.map, inputs.weights.up),
+        plain=(Way(name="loop of mm", call=_up_loop), Way(name="grouped_mm", call=_up_grouped_mm)),
+        reference=lambda inputs: reference.expert_linear(inputs.rows_RD, inputs.map, inputs.weights.up[0]),
+        gemms=_up_loop,
+        must_move=lambda shape, S: limits.expert_linear(shape, S, touched(shape)),
+        flops=limits.expert_linear_flops,
     ),
 )

@@ -1,4 +1,4 @@
-"""encode, decode and their backwards: what moves rows. T tokens, K choices, R rows, D model dim."""
+"""encode, decode and their backwards, clear_empty: what moves rows. T tokens, K choices, R rows, D model dim."""
 
 from __future__ import annotations
 
@@ -46,6 +46,24 @@ def _maker(*needs: Literal["x", "rows"]):
         )
 
     return make
+
+
+def _half_empty(shape: Shape, dtype: torch.dtype) -> RowInputs:
+    """The padded layout with twice the rows that arrive, each expert with as many as the others."""
+    even = torch.arange(shape.rows, dtype=torch.int32).remainder(shape.E).view(shape.T, shape.K)
+    map = ops.route(even, shape.E, 2 * -(-shape.rows // shape.E), layout="padded")
+    nothing = torch.empty(0, dtype=dtype)
+    rows = cases.tensor(map.num_rows, shape.D, dtype=dtype, seed=2)
+    return RowInputs(x_TD=nothing, rows_RD=rows, weights_TK=nothing, token_R=torch.empty(0), map=map)
+
+
+def _zeroed(inputs: RowInputs) -> torch.Tensor:
+    inputs.rows_RD[inputs.map.source < 0] = 0
+    return inputs.rows_RD
+
+
+def _masked(inputs: RowInputs) -> torch.Tensor:
+    return inputs.rows_RD.masked_fill_((inputs.map.source < 0).unsqueeze(1), 0)
 
 
 def _weights_of_rows(inputs: RowInputs) -> torch.Tensor:
@@ -144,5 +162,12 @@ SUBJECTS = (
         ),
         must_move=limits.decode_backward,
         gradients=True,
+    ),
+    Subject(
+        op="clear_empty",
+        make=_half_empty,
+        ours=lambda inputs: ops.clear_empty(inputs.rows_RD, inputs.map),
+        plain=(Way(name="index_put", call=_zeroed), Way(name="masked_fill", call=_masked)),
+        must_move=limits.clear_empty,
     ),
 )
