@@ -6,18 +6,14 @@ T tokens of this rank, K choices, E experts, M model dim.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from tutelx.comm.placement import Placement
-from tutelx.experts import FeedForwardExperts
 from tutelx.layer import MoE
-from tutelx.ops.expert_products import groupable
 from tutelx.planner import RulePlanner
-from tutelx.tuner.grid import World, fullest
+from tutelx.tuner.grid import fullest
 from tutelx.tuner.shapes import Shape
 from tutelx.types import Decision, Plan, Routing, Workload
 
@@ -198,21 +194,6 @@ def loaded_ids(
         ids = names[choice.remainder(num_experts - 1)]
         ids[first, 0] = 0
         return ids[torch.randperm(tokens, generator=generator)].int()
-
-
-def what_runs(shape: Shape, world: World) -> dict[str, Any]:
-    """What a layer of this shape tells its planner that it can run."""
-    dtype, device = getattr(torch, shape.dtype), torch.device(world.device)
-    kernels: tuple[str, ...] = FeedForwardExperts.expert_kernels
-    if world.world == 1:
-        sizes = shape.num_experts, shape.model_dim, shape.hidden_dim
-        return {"expert_kernels": (*kernels, "grouped") if groupable(*sizes, dtype, device) else kernels}
-    placement = Placement(num_experts=shape.num_experts, hidden_dim=shape.hidden_dim, world=world.world)
-    return {
-        "expert_kernels": kernels,
-        "shard_degrees": placement.degrees(),
-        "all_to_alls": ("linear",) if world.ranks_per_node is None else ("linear", "2dh"),
-    }
 
 
 def same_terms(told: Workload, heard: Workload) -> bool:

@@ -74,7 +74,7 @@ class Grid:
 def workload(shape: Shape, world: World, tokens: int, top_k: int, factor: float, *, training: bool) -> Workload:
     """What the layer's planner is told when the fullest expert of each rank gets `factor` times the mean K*T/E, rounded
     up, at most T."""
-    from tutelx.tuner.cases import what_runs  # torch is for those who need it
+    from tutelx.tuner.runnable import what_runs  # torch is for those who need it
 
     demand = min(tokens, math.ceil(factor * tokens * top_k / shape.num_experts - 1e-9))
     told = world.device == "cpu" or world.world > 1

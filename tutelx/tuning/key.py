@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from tutelx.types import Workload
 
@@ -54,6 +55,29 @@ class Key:
             threads=workload.threads,
             world=workload.world,
             ranks_per_node=workload.ranks_per_node,
+        )
+
+    def workload(self, **what_runs: Any) -> Workload:
+        """The smallest workload of the bucket; what can run is that of one process unless it is given."""
+        slots, demand = self.tokens * self.top_k, None
+        if self.load_factor:
+            demand = min(self.tokens, math.ceil(self.load_factor * slots / self.num_experts - 1e-9))
+        return Workload(
+            tokens=self.tokens,
+            top_k=self.top_k,
+            num_experts=self.num_experts,
+            model_dim=self.model_dim,
+            hidden_dim=self.hidden_dim,
+            demand=demand,
+            capacity=None,
+            dtype=self.dtype,
+            device=self.device,
+            training=self.training,
+            threads=self.threads,
+            world=self.world,
+            ranks_per_node=self.ranks_per_node,
+            expert_numbers=self.expert_numbers,
+            **what_runs,
         )
 
     @property

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tutelx.planner import RulePlanner
 from tutelx.tuning.key import Key
 from tutelx.tuning.records import StoredPlan
-from tutelx.types import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,29 +26,12 @@ _RULES = RulePlanner()
 @lru_cache(maxsize=4096)
 def of_rules(key: Key) -> Tiles:
     """For the smallest workload of the key's bucket."""
-    slots = key.tokens * key.top_k
-    demand = min(key.tokens, math.ceil(key.load_factor * slots / key.num_experts - 1e-9)) if key.load_factor else None
-    workload = Workload(
-        tokens=key.tokens,
-        top_k=key.top_k,
-        num_experts=key.num_experts,
-        model_dim=key.model_dim,
-        hidden_dim=key.hidden_dim,
-        demand=demand,
-        capacity=None,
-        dtype=key.dtype,
-        device=key.device,
-        training=key.training,
-        threads=key.threads,
-        world=key.world,
-        ranks_per_node=key.ranks_per_node,
-        expert_numbers=key.expert_numbers,
-    )
+    workload = key.workload()
     plan = _RULES.plan(workload).plan
     return Tiles(
         rows=plan.tile_rows,
         columns=plan.tile_columns,
-        most_rows=max(1, key.tokens if demand is None else demand),
+        most_rows=max(1, key.tokens if workload.demand is None else workload.demand),
         most_columns=max(key.model_dim, key.hidden_dim),
     )
 

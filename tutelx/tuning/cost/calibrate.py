@@ -85,26 +85,10 @@ def calibrate(records: Iterable[Record], base: Sheet) -> Fit:
 
 def workload_of(key: Key) -> Workload:
     """A workload of the key's bucket; unknown loads are even."""
-    demand = math.ceil((key.load_factor or 1.0) * key.tokens * key.top_k / key.num_experts)
     W, E = key.world, key.num_experts
     s = W // E if W > E and W % E == 0 else 1
-    return Workload(
-        tokens=key.tokens,
-        top_k=key.top_k,
-        num_experts=E,
-        model_dim=key.model_dim,
-        hidden_dim=key.hidden_dim,
-        demand=demand,
-        capacity=None,
-        dtype=key.dtype,
-        device=key.device,
-        training=key.training,
-        threads=key.threads,
-        shard_degrees=(0, *(r for r in range(1, s + 1) if s % r == 0)) if W > 1 else (1,),
-        world=W,
-        ranks_per_node=key.ranks_per_node,
-        expert_numbers=key.expert_numbers,
-    )
+    found = key.workload(shard_degrees=(0, *(r for r in range(1, s + 1) if s % r == 0)) if W > 1 else (1,))
+    return found if found.demand is not None else replace(found, demand=math.ceil(key.tokens * key.top_k / E))
 
 
 _FACTORS = 9
