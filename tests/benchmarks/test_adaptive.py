@@ -71,10 +71,17 @@ def test_totals(ranks, tmp_path):
     assert sorted(found["static_seconds"]) == sorted(names)
     assert found["samples"] == other["samples"]  # both ranks know the slowest's
     for name in names:
-        assert found["static_seconds"][name] == pytest.approx(sum(s[name] for s in found["samples"]))
-    oracle = sum(min(s[name] for name in names) for s in found["samples"])
+        assert found["static_seconds"][name] == pytest.approx(sum(s[name][0] for s in found["samples"]))
+    oracle = sum(min(s[name][0] for name in names) for s in found["samples"])
     assert found["adaptive_over_oracle"] == pytest.approx(found["adaptive_seconds"] / oracle)
     assert sum(found["chosen"].values()) == 2
+
+
+def test_oracle_of_other_rounds():
+    sample = {"a": [1.0, 2.0, 8.0], "b": [4.0, 0.5, 1.5], "c": [9.0, 9.0, 9.0]}
+    # Means of the others: a 5, 4.5, 1.5; b 1, 2.75, 2.25.
+    assert adaptive._oracle_of_other_rounds(sample, ["a", "b", "c"]) == pytest.approx((4.0 + 0.5 + 8.0) / 3)
+    assert adaptive._oracle_of_other_rounds({"a": [3.0], "b": [2.0]}, ["a", "b"]) == 2.0
 
 
 def test_summary():
