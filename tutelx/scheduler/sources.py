@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import zlib
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import tutelx
 from tutelx.errors import DatabaseError, InvalidTypeError
 from tutelx.scheduler.answers import Knowledge, ruled
 from tutelx.scheduler.models import FittedModel, fitted, sheet_from_json, sheet_to_json
 from tutelx.tuning.cost import RateModel
 from tutelx.tuning.hardware import Hardware
-from tutelx.tuning.here import here
+from tutelx.tuning.here import here, software
 from tutelx.tuning.key import Key
 from tutelx.tuning.links import Links
 from tutelx.tuning.lookup import Lookup
@@ -115,7 +111,7 @@ class Source:
                 key=Key.of(workload),
                 default=default,
                 candidates=tuple(candidates),
-                software=versions(workload.device),
+                software=software(workload.device),
                 provenance={
                     "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                     "command": "online: tried in the steps of a run",
@@ -140,7 +136,7 @@ class Source:
         database = self._open()
         if not any(s.record.op == _OP and s.record.key.device == device for s in database.records()):
             return None
-        return Lookup(database, self._machine(device), software=versions(device))
+        return Lookup(database, self._machine(device), software=software(device))
 
     def _machine(self, device: str) -> Hardware:
         if isinstance(self.places, Lookup):
@@ -153,11 +149,3 @@ class Source:
         if self._database is None:
             self._database = Database.open() if self._folders is None else Database.of_folders(*self._folders)
         return self._database
-
-
-def versions(device: str) -> dict[str, str]:
-    """Of the software that a measurement depends on."""
-    found = {"tutelx": tutelx.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    if device == "cuda" and torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,11 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import tutelx
 from tutelx.comm.mesh import as_mesh
 from tutelx.tuning import nvml
 from tutelx.tuning.hardware import Hardware
-from tutelx.tuning.here import here
+from tutelx.tuning.here import here, software
 from tutelx.tuning.links import probe_links
 
 
@@ -49,11 +47,3 @@ class Machine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - begin
-
-
-def software(device: torch.device) -> dict[str, str]:
-    """Versions that a measurement depends on."""
-    found = {"tutelx": tutelx.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    if device.type == "cuda" and torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
