@@ -38,6 +38,7 @@ PYBIND11_MODULE(_calls, m) {
   define(m, "gate_backward",
          static_cast<Tensor (*)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                 const Tensor&, Text, bool)>(nullptr));
+  define(m, "linear", static_cast<Tensor (*)(const Tensor&, const Tensor&)>(nullptr));
   define(m, "route",
          static_cast<Four (*)(const Tensor&, int64_t, std::optional<int64_t>, bool, const OptionalTensor&)>(nullptr));
   define(m, "encode", static_cast<Tensor (*)(const Tensor&, const Tensor&, const Tensor&)>(nullptr));

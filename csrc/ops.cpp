@@ -13,6 +13,9 @@ TORCH_LIBRARY(tutelx, m) {
       "gate_backward(Tensor grad_weights, Tensor grad_score_sum, Tensor grad_logsumexp, Tensor logits, "
       "Tensor expert_ids, Tensor logsumexp, str score, bool renormalize) -> Tensor");
 
+  // x [T,I], weight [O,I] -> [T,O], for few tokens and no gradient
+  m.def("linear(Tensor x, Tensor weight) -> Tensor");
+
   // expert_ids [T,K] i32 -> dest [T,K] i32, source [R] i32, counts [E] i32 (before drops), offsets [E+1] i32
   m.def(
       "route(Tensor expert_ids, int num_experts, int? capacity, bool padded, Tensor? order) "

@@ -50,10 +50,10 @@ class LinearGate(nn.Linear):
 def linear(x: torch.Tensor, weight: torch.Tensor, *, fp32: bool) -> torch.Tensor:
     """x @ weight.T; with `fp32` in float32 (float64 for float64 input), under autocast too."""
     if not fp32:
-        return F.linear(x, weight)
+        return ops.linear(x, weight)
     with torch.autocast(x.device.type, enabled=False):
         dtype = wide(x.dtype)
-        return F.linear(x.to(dtype), weight.to(dtype))
+        return ops.linear(x.to(dtype), weight.to(dtype))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
