@@ -7,11 +7,17 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <vector>
 
 namespace tutelx {
 namespace {
 
 using at::Tensor;
+
+// What keeps an argument that comes from Python: a list needs a place of its own.
+template <class T>
+using Held = std::conditional_t<std::is_same_v<T, at::TensorList>, std::vector<Tensor>, T>;
 
 // A function that calls the operator of its name, without the interpreter's lock.
 template <class Result, class... Arguments>
@@ -19,7 +25,7 @@ void define(pybind11::module_& m, const char* name, Result (*)(Arguments...)) {
   const auto op = c10::Dispatcher::singleton()
                       .findSchemaOrThrow((std::string("tutelx::") + name).c_str(), "")
                       .template typed<Result(Arguments...)>();
-  m.def(name, [op](Arguments... arguments) -> Result {
+  m.def(name, [op](Held<Arguments>... arguments) -> Result {
     const pybind11::gil_scoped_release no_lock;
     return op.call(arguments...);
   });
@@ -34,11 +40,16 @@ PYBIND11_MODULE(_calls, m) {
   using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
   using OptionalTensor = std::optional<Tensor>;
   using Text = c10::string_view;
+  using List = at::TensorList;
   define(m, "gate", static_cast<Four (*)(const Tensor&, int64_t, Text, bool)>(nullptr));
   define(m, "gate_backward",
          static_cast<Tensor (*)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                 const Tensor&, Text, bool)>(nullptr));
   define(m, "linear", static_cast<Tensor (*)(const Tensor&, const Tensor&)>(nullptr));
+  using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+  define(m, "inference",
+         static_cast<Five (*)(const Tensor&, const Tensor&, const Tensor&, int64_t, List, List, List, List, List, List,
+                              Text, int64_t, int64_t)>(nullptr));
   define(m, "route",
          static_cast<Four (*)(const Tensor&, int64_t, std::optional<int64_t>, bool, const OptionalTensor&)>(nullptr));
   define(m, "encode", static_cast<Tensor (*)(const Tensor&, const Tensor&, const Tensor&)>(nullptr));

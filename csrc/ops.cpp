@@ -57,6 +57,13 @@ TORCH_LIBRARY(tutelx, m) {
       "-> (Tensor grad_rows, Tensor[] gate, Tensor[] up, Tensor[] down, Tensor[] gate_bias, Tensor[] up_bias, "
       "Tensor[] down_bias)");
 
+  // x [T,D], expert_ids and weights [T,K], the experts of expert_ffn -> y [T,D] and the ragged map of route: dropless,
+  // and without a gradient.
+  m.def(
+      "inference(Tensor x, Tensor expert_ids, Tensor weights, int num_experts, Tensor[] gate, Tensor[] up, "
+      "Tensor[] down, Tensor[] gate_bias, Tensor[] up_bias, Tensor[] down_bias, str activation, int tile_rows, "
+      "int tile_columns) -> (Tensor y, Tensor dest, Tensor source, Tensor counts, Tensor offsets)");
+
   // rows [R,I] through each expert's own matrix: rows @ weight[e]^T + bias[e] -> [R,O]. Weights, rows and tiles as
   // above.
   m.def(

@@ -121,7 +121,7 @@ def dispatch_here(request: Request) -> Dispatch:
     map = request.route(limit, request.layout, order)
     demand = None
     if request.plan is None and request.x.device.type == "cpu" and not torch.compiler.is_compiling():
-        demand = int(map.counts.max())
+        demand = max(map.counts.tolist())
     decision = request.decide(request.workload(demand=demand, limit=limit))
     request.check(decision.plan, decision.workload)
     if decision.plan.layout != map.layout:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from tutelx import ops
-from tutelx.choices import Choosing
+from tutelx.brief import BriefCalls
+from tutelx.choices import Choices, Choosing
 from tutelx.dispatch import Dispatch, Request, dispatch_here, dispatch_over_ranks
 from tutelx.errors import InvalidTypeError, InvalidValueError
 from tutelx.experts import Experts, build_experts
@@ -23,7 +24,7 @@ from tutelx.policies import Call, CapacityPolicy, Policies, TopKPolicy, split
 from tutelx.scheduler import default_planner
 from tutelx.stats import RoutingStats
 from tutelx.stopwatch import Stopwatch, named
-from tutelx.types import Capacity, Decision, Plan, Planner
+from tutelx.types import Capacity, Decision, Plan, Planner, Routing
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -76,7 +77,7 @@ class MoEBase(nn.Module):
         self.ranks: Ranks | None = None
         self.tensor_parallel: TensorParallel | None = None
         self._last = _LastCall()
-        self._choosing = Choosing()
+        self._choosing, self._brief = Choosing(), BriefCalls()
 
     @property
     def aux_loss(self) -> torch.Tensor:
@@ -104,7 +105,8 @@ class MoEBase(nn.Module):
         plan: Plan | None = None,
     ) -> torch.Tensor:
         with self._prepared():
-            tokens_TM = x_TM = self._check_input(x).reshape(-1, self.model_dim)
+            x = self._check_input(x)
+            tokens_TM = x_TM = x if x.dim() == 2 else x.reshape(-1, self.model_dim)
             own = self.capacity if self.training or self.eval_capacity is None else self.eval_capacity
             chosen = self._choosing.choose(
                 x_TM,
@@ -119,6 +121,12 @@ class MoEBase(nn.Module):
             )
             capacity = chosen.capacity
             routing = whole = gate(x_TM, chosen.top_k, capacity=capacity, prioritized=self.batch_prioritized)
+            if self._may_be_brief(chosen):
+                brief = self._brief.run(x_TM, routing, experts, capacity, self.planner)
+                if brief is not None:
+                    y_TM, map, decision = brief
+                    self._ended(routing, decision, RoutingStats(map, routing))
+                    return y_TM if x.dim() == 2 else y_TM.reshape(*x.shape[:-1], y_TM.shape[1])
             if torch.is_autocast_enabled(x.device.type):
                 x_TM = x_TM.to(torch.get_autocast_dtype(x.device.type))
             if self.tensor_parallel is not None:
@@ -144,9 +152,8 @@ class MoEBase(nn.Module):
         if self.tensor_parallel is not None:
             y_TM = self.tensor_parallel.gather(y_TM, whole.expert_ids.shape[0])
 
-        self._last.aux_loss = torch.stack(list(whole.aux_losses.values())).sum() if whole.aux_losses else None
-        self._last.decision = step.decision if chosen.decision is None else chosen.decision
-        self._last.stats = stats = RoutingStats(step.map, routing, agreed=step.agreed, call=step.call)
+        stats = RoutingStats(step.map, routing, agreed=step.agreed, call=step.call)
+        self._ended(whole, step.decision if chosen.decision is None else chosen.decision, stats)
         self._choosing.keep(
             tokens_TM,
             chosen,
@@ -156,7 +163,9 @@ class MoEBase(nn.Module):
             stats=stats,
             plans=self.ranks is None,
         )
-        return y_TM.reshape(*x.shape[:-1], y_TM.shape[1])
+        if self._may_be_brief(chosen):
+            self._brief.keep(x_TM, routing, capacity, self.planner, step.decision)
+        return y_TM if x.dim() == 2 else y_TM.reshape(*x.shape[:-1], y_TM.shape[1])
 
     def _compute(self, x_TM: torch.Tensor, weights_TK: torch.Tensor, experts: Experts, step: Dispatch) -> torch.Tensor:
         """The tokens to their experts and back, as it was decided."""
@@ -168,6 +177,14 @@ class MoEBase(nn.Module):
             rows_RM = experts.across(ops.encode(x_TM, map), call, plan)
         return ops.decode(rows_RM, map, weights_TK if rows_RM.dtype != torch.float64 else weights_TK.to(rows_RM.dtype))
 
+    def _may_be_brief(self, chosen: Choices) -> bool:
+        return self.ranks is None and self.policies is None and chosen.plan is None and not self.batch_prioritized
+
+    def _ended(self, routing: Routing, decision: Decision, stats: RoutingStats) -> None:
+        aux_losses = routing.aux_losses
+        self._last.aux_loss = torch.stack(list(aux_losses.values())).sum() if aux_losses else None
+        self._last.decision, self._last.stats = decision, stats
+
     def _prepared(self) -> AbstractContextManager[None]:
         """Whatever fails in here is told to the other ranks, which would wait."""
         return nullcontext() if self.ranks is None else self.ranks.announced_failure(next(self.parameters()).device)
@@ -177,10 +194,21 @@ class MoEBase(nn.Module):
             raise InvalidTypeError(f"x is {type(x).__name__}, expected torch.Tensor")
         if x.dim() == 0 or x.shape[-1] != self.model_dim:
             raise InvalidValueError(f"x has shape {tuple(x.shape)}, expected [..., model_dim={self.model_dim}]")
-        weights = next(self.parameters()).dtype
-        if x.dtype != weights and not torch.is_autocast_enabled(x.device.type):
-            raise InvalidTypeError(f"x is {x.dtype}, but the layer's weights are {weights}")
+        weight = _first_parameter(self)
+        if weight is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise InvalidTypeError(f"x is {x.dtype}, but the layer's weights are {weight.dtype}")
         return x
+
+
+def _first_parameter(module: nn.Module) -> nn.Parameter | None:
+    """What `next(module.parameters())` gives, sooner: that takes longer than a small operator."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        if child is not None and (parameter := _first_parameter(child)) is not None:
+            return parameter
+    return None
 
 
 class MoE(MoEBase):

@@ -36,7 +36,7 @@ class RulePlanner:
     only by measurement.
     """
 
-    same_on_all_ranks = True
+    same_on_all_ranks = steady = True
 
     def plan(self, workload: Workload) -> Decision:
         decision = _on_cpu(workload) if workload.device == "cpu" else _on_accelerator(workload)

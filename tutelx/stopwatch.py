@@ -100,6 +100,11 @@ def stopwatch(planner: Planner, decision: Decision, device: torch.device) -> Sto
     return Stopwatch(planner, decision, device)
 
 
+def are_timed() -> bool:
+    """Whether a watcher wants every call timed."""
+    return _watchers > 0
+
+
 @contextmanager
 def watched() -> Iterator[None]:
     """As long as it is open every call is timed, whatever its planner wants."""

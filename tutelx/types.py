@@ -226,6 +226,8 @@ class Planner(Protocol):
     an attribute `same_on_all_ranks = True`; any other costs a second small message a call, which makes sure.
 
     A planner may have more:
+        steady: true if equal workloads get equal plans as long as it lives. A layer then asks once for every number of
+            tokens where they are few and no gradient is wanted (`tutelx.brief`), and takes no notice of their load.
         join(meeting) -> Planner: called once for each group of ranks, by all of them, before the first plan; what it
             returns plans for the group from then on (`tutelx.comm.meeting.Meeting`).
         wants_time, observe(decision, seconds): if the first is true, every call is timed and told to the second.

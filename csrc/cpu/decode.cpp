@@ -9,6 +9,7 @@
 
 #include "../check.h"
 #include "buffers.h"
+#include "forward.h"
 #include "gather_sum.h"
 #include "inverse.h"
 #include "parallel.h"
@@ -25,6 +26,8 @@ void check_weights(const at::Tensor& weights, const at::Tensor& rows, const at::
                    weights.scalar_type(), ", expected ", rows.scalar_type(), " (as rows) or float32");
 }
 
+}  // namespace
+
 at::Tensor decode(const at::Tensor& rows, const at::Tensor& dest, const at::Tensor& source, const at::Tensor& weights) {
   check_dim(rows, "rows", 2);
   check_floating(rows, "rows");
@@ -32,6 +35,8 @@ at::Tensor decode(const at::Tensor& rows, const at::Tensor& dest, const at::Tens
   check_weights(weights, rows, dest);
   return gather_sum(rows, dest, weights);
 }
+
+namespace {
 
 // One row: out = weight * grad, and the dot product of grad with the row. Many partial sums keep the vector
 // units busy and fix the order of the additions.

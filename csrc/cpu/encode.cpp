@@ -7,14 +7,13 @@
 
 #include "../check.h"
 #include "buffers.h"
+#include "forward.h"
 #include "gather_sum.h"
 #include "inverse.h"
 #include "parallel.h"
 #include "stream.h"
 
 namespace tutelx {
-namespace {
-
 at::Tensor encode(const at::Tensor& x, const at::Tensor& source, const at::Tensor& dest) {
   check_dim(x, "x", 2);
   check_floating(x, "x");
@@ -46,6 +45,8 @@ at::Tensor encode(const at::Tensor& x, const at::Tensor& source, const at::Tenso
   inverse.zero_empty(out_bytes, row_bytes);
   return rows;
 }
+
+namespace {
 
 at::Tensor encode_backward(const at::Tensor& grad_rows, const at::Tensor& dest) {
   check_dim(grad_rows, "grad_rows", 2);

@@ -13,6 +13,7 @@
 #include "activation.h"
 #include "buffers.h"
 #include "expert_weights.h"
+#include "forward.h"
 #include "gemm.h"
 #include "parallel.h"
 #include "segments.h"
@@ -56,8 +57,6 @@ struct Weights {
     TORCH_CHECK_TYPE(p.dtype() == rows.scalar_type(), name, " is ", p.dtype(), ", rows are ", rows.scalar_type());
   }
 };
-
-using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 template <class T>
 Forward forward(const at::Tensor& rows, const Segments& segments, const Weights& w, Act act, TileSize size, bool keep) {
@@ -103,6 +102,8 @@ Forward forward(const at::Tensor& rows, const Segments& segments, const Weights&
   return {out, gate_pre, up_pre};
 }
 
+}  // namespace
+
 Forward expert_ffn(const at::Tensor& rows, const at::Tensor& counts, const at::Tensor& offsets, at::TensorList gate,
                    at::TensorList up, at::TensorList down, at::TensorList gate_bias, at::TensorList up_bias,
                    at::TensorList down_bias, c10::string_view activation, int64_t tile_rows, int64_t tile_columns,
@@ -118,6 +119,8 @@ Forward expert_ffn(const at::Tensor& rows, const at::Tensor& counts, const at::T
                                   [&] { result = forward<scalar_t>(x, segments, weights, act, size, keep); });
   return result;
 }
+
+namespace {
 
 using Gradients = std::vector<at::Tensor>;
 using Backward = std::tuple<at::Tensor, Gradients, Gradients, Gradients, Gradients, Gradients, Gradients>;

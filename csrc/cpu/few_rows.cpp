@@ -20,7 +20,8 @@ namespace tutelx {
 namespace {
 
 constexpr int64_t kMostRows = 32;  // more rows make a library's blocked product the quicker one
-constexpr int kBlock = 4;          // rows and outputs of one block: its 16 sums stay in registers
+constexpr int64_t kRows = 6;       // rows of one block; with four outputs its sums just fit the registers
+constexpr int kOutputs = 4;
 
 #define TUTELX_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #define TUTELX_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
@@ -139,27 +140,29 @@ TUTELX_AVX512_BF16 inline void block_bf16(const Task& t, int64_t row, int64_t ou
 
 // All rows of a few outputs, then the next outputs: the weights come from memory once. Requests are lost where many are
 // under way, so with several blocks of rows every output is asked for twice: two steps before it and one.
-#define TUTELX_WALK(type, target)                                                           \
-  template <int O>                                                                          \
-  target inline void rows_##type(const Task& t, int64_t output) {                           \
-    const int64_t blocks = (t.rows + kBlock - 1) / kBlock;                                  \
-    for (int64_t i = 0, row = 0, rows; i < blocks; ++i, row += rows) {                      \
-      rows = (t.rows - row + blocks - i - 1) / (blocks - i);                                \
-      const char* const ahead = t.ahead(output, O, blocks > 1 && i % 2 == 0 ? 2 * O : O);   \
-      if (rows == 4) block_##type<4, O>(t, row, output, ahead);                             \
-      if (rows == 3) block_##type<3, O>(t, row, output, ahead);                             \
-      if (rows == 2) block_##type<2, O>(t, row, output, ahead);                             \
-      if (rows == 1) block_##type<1, O>(t, row, output, ahead);                             \
-    }                                                                                       \
-  }                                                                                         \
-  target void walk_##type(const Task& t) {                                                  \
-    int64_t o = 0;                                                                          \
-    if (t.rows == 2)                                                                        \
-      for (; o + 8 <= t.outputs; o += 8) block_##type<2, 8>(t, 0, o, t.ahead(o, 8, 8));     \
-    if (t.rows == 1)                                                                        \
-      for (; o + 8 <= t.outputs; o += 8) block_##type<1, 8>(t, 0, o, t.ahead(o, 8, 8));     \
-    for (; o + kBlock <= t.outputs; o += kBlock) rows_##type<kBlock>(t, o);                 \
-    for (; o < t.outputs; ++o) rows_##type<1>(t, o);                                        \
+#define TUTELX_WALK(type, target)                                                         \
+  template <int O>                                                                        \
+  target inline void rows_##type(const Task& t, int64_t output) {                         \
+    const int64_t blocks = (t.rows + kRows - 1) / kRows;                                  \
+    for (int64_t i = 0, row = 0, rows; i < blocks; ++i, row += rows) {                    \
+      rows = (t.rows - row + blocks - i - 1) / (blocks - i);                              \
+      const char* const ahead = t.ahead(output, O, blocks > 1 && i % 2 == 0 ? 2 * O : O); \
+      if (rows == 6) block_##type<6, O>(t, row, output, ahead);                           \
+      if (rows == 5) block_##type<5, O>(t, row, output, ahead);                           \
+      if (rows == 4) block_##type<4, O>(t, row, output, ahead);                           \
+      if (rows == 3) block_##type<3, O>(t, row, output, ahead);                           \
+      if (rows == 2) block_##type<2, O>(t, row, output, ahead);                           \
+      if (rows == 1) block_##type<1, O>(t, row, output, ahead);                           \
+    }                                                                                     \
+  }                                                                                       \
+  target void walk_##type(const Task& t) {                                                \
+    int64_t o = 0;                                                                        \
+    if (t.rows == 2)                                                                      \
+      for (; o + 8 <= t.outputs; o += 8) block_##type<2, 8>(t, 0, o, t.ahead(o, 8, 8));   \
+    if (t.rows == 1)                                                                      \
+      for (; o + 8 <= t.outputs; o += 8) block_##type<1, 8>(t, 0, o, t.ahead(o, 8, 8));   \
+    for (; o + kOutputs <= t.outputs; o += kOutputs) rows_##type<kOutputs>(t, o);         \
+    for (; o < t.outputs; ++o) rows_##type<1>(t, o);                                      \
   }
 TUTELX_WALK(f32, TUTELX_AVX512)
 TUTELX_WALK(bf16, TUTELX_AVX512_BF16)

@@ -13,6 +13,7 @@
 
 #include "../check.h"
 #include "activation.h"
+#include "forward.h"
 #include "parallel.h"
 #include "scalar.h"
 
@@ -153,7 +154,7 @@ void check_row(const W* logit, W logsumexp, int64_t token, int64_t E) {
   TORCH_CHECK_VALUE(false, "logits[", token, "] has no finite entry among its ", E, " experts");
 }
 
-using Chosen = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+}  // namespace
 
 Chosen gate(const at::Tensor& logits, int64_t k, c10::string_view score, bool renormalize) {
   check_dim(logits, "logits", 2);
@@ -203,6 +204,8 @@ Chosen gate(const at::Tensor& logits, int64_t k, c10::string_view score, bool re
   });
   return {ids, weights, score_sum, logsumexp};
 }
+
+namespace {
 
 // With s the scores and g = dL/ds: softmax gives s*(g - <g,s>), sigmoid gives g*s*(1-s); logsumexp adds grad*softmax.
 // g is grad_sum everywhere, and what comes through its weight besides where an expert was chosen: `chosen` [K].

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "../check.h"
+#include "forward.h"
 #include "gemm.h"
 #include "parallel.h"
 
@@ -12,6 +13,8 @@ namespace {
 
 constexpr int64_t kTileRows = 32, kTileOutputs = 16;
 constexpr int64_t kWakeProducts = int64_t{1} << 21;  // a second thread takes longer to wake than fewer take
+
+}  // namespace
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight) {
   check_dim(x, "x", 2);
@@ -38,7 +41,6 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight) {
   return out;
 }
 
-}  // namespace
 }  // namespace tutelx
 
 TORCH_LIBRARY_IMPL(tutelx, CPU, m) { m.impl("linear", &tutelx::linear); }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "forward.h"
 #include "parallel.h"
 
 namespace tutelx {
@@ -41,7 +42,7 @@ void check_order(const int32_t* order, int64_t tokens) {
   }
 }
 
-using Map = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+}  // namespace
 
 Map route(const at::Tensor& expert_ids, int64_t num_experts, std::optional<int64_t> capacity, bool padded,
           const std::optional<at::Tensor>& order) {
@@ -124,7 +125,6 @@ Map route(const at::Tensor& expert_ids, int64_t num_experts, std::optional<int64
   return {dest, source, counts, offsets};
 }
 
-}  // namespace
 }  // namespace tutelx
 
 TORCH_LIBRARY_IMPL(tutelx, CPU, m) { m.impl("route", &tutelx::route); }

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
+from tutelx.ops import ExpertWeights
+from tutelx.ops.activation import Activation
 from tutelx.types import DispatchMap, ExpertKernel, Layout, Plan
 
 if TYPE_CHECKING:
     from tutelx.comm.call import RankCall
     from tutelx.comm.placement import Placement
+
+
+class Network(NamedTuple):
+    """What `ops.expert_ffn` needs to run experts."""
+
+    weights: ExpertWeights
+    activation: Activation
 
 
 class Experts(nn.Module):
@@ -36,6 +45,10 @@ class Experts(nn.Module):
 
         parameters = [p for p in self.parameters() if p.requires_grad]
         return run_modules(call, rows, lambda arrived, map: self(arrived, map, plan), parameters, plan)
+
+    def network(self) -> Network | None:
+        """Where calling this module does no more than `ops.expert_ffn` with these weights; else None."""
+        return None
 
     def shard_degrees(self, placement: Placement) -> tuple[int, ...]:
         """The degrees that can run; modules that nobody can cut or gather stay where they are."""

@@ -9,7 +9,7 @@ import torch
 from tutelx import ops
 from tutelx.draws import check_generator, draws_from
 from tutelx.errors import InvalidValueError
-from tutelx.experts.base import Experts
+from tutelx.experts.base import Experts, Network
 from tutelx.experts.ffn import FeedForwardExperts
 from tutelx.types import DispatchMap, ExpertKernel, Plan
 
@@ -53,6 +53,9 @@ class DroppingExperts(FeedForwardExperts):
         kept = self.draws.uniform(hidden.shape, hidden) >= self.p
         hidden = hidden * kept * (1 / (1 - self.p))
         return ops.expert_linear(hidden, map, weights.down, weights.down_bias, **tiles)
+
+    def network(self) -> Network | None:
+        return None if self.training and self.p else super().network()
 
     def across(self, rows: torch.Tensor, call: RankCall, plan: Plan) -> torch.Tensor:
         if not (self.training and self.p):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tutelx import ops
+from tutelx.experts.base import Network
 from tutelx.ops.activation import Activation
 from tutelx.ops.expert_products import expert_products, groupable
 from tutelx.types import DispatchMap, ExpertKernel, Layout, Plan
@@ -59,6 +60,9 @@ class StackedExperts:
     def numbers(self) -> int:
         """Parameters of one expert."""
         return sum(weight[0].numel() for (weight,) in filter(None, self.weights.lists()))
+
+    def network(self) -> Network | None:
+        return None if self.plain else Network(self.weights, self.activation)
 
     def kernels_for(self, x: torch.Tensor) -> tuple[ExpertKernel, ...]:
         num_experts, hidden_dim, model_dim = self.weights.up[0].shape

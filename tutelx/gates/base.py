@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from tutelx import ops
 from tutelx.errors import InvalidTypeError, InvalidValueError

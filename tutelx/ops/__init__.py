@@ -7,6 +7,7 @@ from tutelx.ops.encode import encode
 from tutelx.ops.expert_ffn import ExpertWeights, expert_ffn
 from tutelx.ops.expert_linear import expert_linear
 from tutelx.ops.gate import Gated, gate
+from tutelx.ops.inference import inference
 from tutelx.ops.linear import linear
 from tutelx.ops.route import route
 
@@ -20,6 +21,7 @@ __all__ = [
     "expert_ffn",
     "expert_linear",
     "gate",
+    "inference",
     "linear",
     "route",
 ]

@@ -14,7 +14,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [T, I] @ weight.T [I, O] -> [T, O], `torch.nn.functional.linear` with a quicker way for few tokens.
 
-    That way is for float32 and bfloat16 on CPU where no gradient is recorded. It sums in float32, in an order that does
+    That way is for float32 and bfloat16 on CPU where no gradient is wanted. It sums in float32, in an order that does
     not depend on the other tokens.
     """
     if (
@@ -23,7 +23,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         or x.dtype not in _DTYPES
         or x.dtype != weight.dtype
         or x.device.type != "cpu"
-        or torch.is_grad_enabled()
+        or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
     ):

@@ -83,6 +83,10 @@ class Scheduler:
 
     same_on_all_ranks = True
 
+    @property
+    def steady(self) -> bool:
+        return self.mode != "online"
+
     def plan(self, workload: Workload) -> Decision:
         """The plan of a call; a few microseconds where such a workload was seen before."""
         if torch.compiler.is_compiling():

@@ -24,6 +24,17 @@ def _weights(inputs: LayerInputs) -> Tensors:
     return tuple(stacked[e] for e, _, _ in inputs.used for stacked in inputs.leaves[2:])
 
 
+@torch.no_grad()
+def _ours(inputs: LayerInputs) -> torch.Tensor:
+    return inputs.layer(inputs.x_TD)
+
+
+@torch.no_grad()
+def _grouped_mm(inputs: LayerInputs) -> torch.Tensor:
+    return grouped_mm(inputs)
+
+
+@torch.no_grad()
 def _loop(inputs: LayerInputs) -> torch.Tensor:
     """Only the experts that are asked for; which they are, the host has to wait for."""
     weights_TK, ids_TK = routing(inputs)
@@ -41,8 +52,8 @@ SUBJECTS = (
     Subject(
         op="layer_inference",
         make=_make,
-        ours=lambda inputs: inputs.layer(inputs.x_TD),
-        plain=(Way(name="loop of experts", call=_loop), Way(name="grouped_mm", call=grouped_mm)),
+        ours=_ours,
+        plain=(Way(name="loop of experts", call=_loop), Way(name="grouped_mm", call=_grouped_mm)),
         reads=_weights,
         must_move=lambda shape, S: limits.layer_inference(shape, S, touched(shape)),
     ),

@@ -1,0 +1,42 @@
+"""inference against the four operators that it is made of, bit for bit; they have references of their own."""
+
+import pytest
+import torch
+
+from tests.cases import DTYPES, ODD_CASES, Case, expert_ids, expert_weights, tensor
+from tutelx import ops
+
+CASES = [*ODD_CASES, Case(tokens=45, top_k=2, num_experts=5, dim=19, skew=0.4)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gives_the_bits_of_its_parts(case, gated, dtype):
+    x, ids = tensor(case.tokens, case.dim, dtype=dtype), expert_ids(case)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = tensor(case.tokens, case.top_k, dtype=wide, seed=1)
+    experts = expert_weights(
+        case.num_experts, case.dim, 11, gated=gated, bias=True, listed=False, dtype=dtype, grad=False
+    )
+    y, map = ops.inference(x, ids, weights, experts, num_experts=case.num_experts, activation="gelu", tile_rows=7)
+    expected = ops.route(ids, case.num_experts)
+    rows = ops.expert_ffn(ops.encode(x, expected), expected, experts, activation="gelu", tile_rows=7)
+    assert torch.equal(y, ops.decode(rows, expected, weights))
+    for name in ("dest", "source", "counts", "offsets"):
+        assert torch.equal(getattr(map, name), getattr(expected, name)), name
+    assert (map.layout, map.capacity, map.num_experts) == ("ragged", None, case.num_experts)
+
+
+def test_opcheck_and_refusals():
+    case = CASES[-1]
+    x, ids, weights = tensor(45, 19), expert_ids(case), tensor(45, 2, seed=1)
+    experts = expert_weights(5, 19, 11, gated=True, bias=False, listed=True, dtype=torch.float32, grad=False)
+    given = (x, ids, weights, 5, *experts.lists(), "silu", 64, 64)
+    torch.library.opcheck(torch.ops.tutelx.inference.default, given)
+    with pytest.raises(ValueError, match="outside"):
+        ops.inference(x, ids + 4, weights, experts, num_experts=5)
+    with pytest.raises(TypeError, match="up is"):
+        ops.inference(x.bfloat16(), ids, weights, experts, num_experts=5)
+    with pytest.raises(ValueError, match="tokens"):
+        ops.inference(x[1:], ids, weights, experts, num_experts=5)
