@@ -14,8 +14,8 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from tutelx.base import MoEBase
 from tutelx.errors import InvalidTypeError, InvalidValueError
-from tutelx.layer import MoEBase
 from tutelx.stats import RoutingStats
 from tutelx.stopwatch import Stopwatch, settle, watched
 from tutelx.types import Decision

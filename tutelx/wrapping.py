@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from tutelx.base import MoEBase
 from tutelx.errors import InvalidTypeError, InvalidValueError, ParityError
 from tutelx.integrations import libraries
 from tutelx.integrations.parity import GRADIENT_TOLERANCE, TOLERANCE, gradients, largest_error, relative_error
@@ -23,7 +24,6 @@ from tutelx.integrations.recognise import is_candidate, recognise
 from tutelx.integrations.replacement import Replacement, WrappedMoE
 from tutelx.integrations.sandbox import Sandbox
 from tutelx.integrations.spec import Declined, ExpertsSpec, LayerSpec, LibrarySpec
-from tutelx.layer import MoEBase
 from tutelx.types import Capacity, Planner
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from tests.cases import tensor
 from tests.gates.hand import F64
 from tests.tolerance import assert_close
 from tutelx import Capacity, MoE, ResidualMoE, SharedExperts, structure, wrap
+from tutelx.base import MoEBase
 from tutelx.gates import TopK
-from tutelx.layer import MoEBase
 
 
 def moe(**arguments):

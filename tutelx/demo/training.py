@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tutelx.base import MoEBase
 from tutelx.demo.settings import Settings
 from tutelx.demo.text import Batches
 from tutelx.errors import TutelxError
-from tutelx.layer import MoEBase
 
 BLOCK = 4  # steps of one model before it is the other's turn
 WARM_UP = 4  # steps of each model that train but are not counted

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tutelx import ops
-from tutelx.experts.base import Experts, Network
+from tutelx.experts.base import Experts, Network, intercepted
 from tutelx.experts.network import run_network
 from tutelx.ops.activation import Activation, check_activation
 from tutelx.ops.expert_products import groupable
@@ -116,8 +116,7 @@ class FeedForwardExperts(Experts):
         return run_network(rows, map, self.weights(), plan, activation=self.activation)
 
     def network(self) -> Network | None:
-        changed = self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__
-        return None if changed or self._shards else Network(self.weights(), self.activation)
+        return None if self._shards or intercepted(self) else Network(self.weights(), self.activation)
 
     def across(self, rows: torch.Tensor, call: RankCall, plan: Plan) -> torch.Tensor:
         from tutelx.comm.pipeline import run_ffn

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tutelx import ops
+from tutelx.experts.base import Network, intercepted
 from tutelx.experts.custom import call_each
 from tutelx.experts.network import run_network
 from tutelx.ops.activation import Activation
@@ -91,6 +92,10 @@ class LinkedExperts:
         activation, zero_unused = self.formula.activation, self.zero_unused
         return run_network(rows, map, weights, plan, activation=activation, zero_unused=zero_unused, plain=self.plain)
 
+    def network(self) -> Network | None:
+        weights = None if self.plain else self.weights()
+        return None if weights is None else Network(weights, self.formula.activation)
+
     def pack(self) -> bool:
         """Puts the weights of each role into one storage, as happens by itself on CUDA. False if some stay apart."""
         weights = self.weights()
@@ -134,15 +139,3 @@ def pack_lists(weights: ops.ExpertWeights) -> bool:
 
 def _may_move() -> bool:
     return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
-
-
-def intercepted(module: nn.Module) -> bool:
-    """Calling the module does more than its class says."""
-    state = module.__dict__
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )

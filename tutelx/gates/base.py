@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tutelx import ops
 from tutelx.errors import InvalidTypeError, InvalidValueError
@@ -43,16 +44,20 @@ class LinearGate(nn.Linear):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, M] -> [T, E]: in x's dtype, or in float32 inside the router only (float64 for float64 input)."""
-        return linear(x, self.weight, fp32=self.fp32)
+        return linear(x, self.weight, fp32=self.fp32, training=self.training)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, *, fp32: bool) -> torch.Tensor:
-    """x @ weight.T; with `fp32` in float32 (float64 for float64 input), under autocast too."""
+def linear(x: torch.Tensor, weight: torch.Tensor, *, fp32: bool, training: bool = True) -> torch.Tensor:
+    """x @ weight.T; with `fp32` in float32 (float64 for float64 input), under autocast too.
+
+    In training always torch's own product: a checkpointed call must choose alike with and without a graph.
+    """
+    product = F.linear if training else ops.linear
     if not fp32:
-        return ops.linear(x, weight)
+        return product(x, weight)
     with torch.autocast(x.device.type, enabled=False):
         dtype = wide(x.dtype)
-        return ops.linear(x.to(dtype), weight.to(dtype))
+        return product(x.to(dtype), weight.to(dtype))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

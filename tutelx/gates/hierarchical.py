@@ -89,7 +89,7 @@ class HierarchicalGate(LinearGate):
         size = self.out_features // num_groups
         groups, inside = self._spread(top_k, size)
         both = torch.cat([self.group_weight, self.weight])
-        logits = linear(x, both, fp32=self.fp32)
+        logits = linear(x, both, fp32=self.fp32, training=self.training)
         if self.noise_weight is not None and self.training:
             logits = logits.to(wide(x.dtype))
             std = F.softplus(linear(x, self.noise_weight, fp32=False).to(logits.dtype))

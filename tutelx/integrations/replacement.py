@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tutelx.base import MoEBase
 from tutelx.errors import InvalidTypeError
 from tutelx.experts.linked import LinkedExperts
 from tutelx.integrations.spec import LayerSpec, LibrarySpec
-from tutelx.layer import MoEBase
 from tutelx.types import Capacity, Plan, Planner, Routing
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
+from tutelx.base import MoEBase
 from tutelx.errors import InvalidTypeError, InvalidValueError
 from tutelx.experts import FeedForwardExperts
 from tutelx.experts.linked import ExpertFormula
@@ -15,7 +16,7 @@ from tutelx.gates import GateConfig
 from tutelx.integrations.formula import find_formula
 from tutelx.integrations.sandbox import Sandbox
 from tutelx.integrations.spec import Declined
-from tutelx.layer import MoE, MoEBase
+from tutelx.layer import MoE
 from tutelx.types import Capacity
 
 _log = logging.getLogger("tutelx")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from tutelx.layer import MoEBase
+from tutelx.base import MoEBase
 from tutelx.structure.shared import ResidualMoE, SharedExperts
 
 

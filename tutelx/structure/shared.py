@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tutelx.base import MoEBase
 from tutelx.errors import InvalidTypeError
-from tutelx.layer import MoEBase
 from tutelx.stats import RoutingStats
 from tutelx.types import Decision
 

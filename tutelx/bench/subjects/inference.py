@@ -14,7 +14,7 @@ from tutelx.bench.subjects.route import touched
 
 def _make(shape: Shape, dtype: torch.dtype) -> LayerInputs:
     inputs = make(shape, dtype)
-    inputs.layer.requires_grad_(False)
+    inputs.layer.requires_grad_(False).eval()
     inputs.x_TD.requires_grad_(False)
     return inputs
 

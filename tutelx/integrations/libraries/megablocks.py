@@ -15,7 +15,7 @@ from torch import nn
 
 from tutelx import ops
 from tutelx.errors import InvalidValueError
-from tutelx.experts.linked import intercepted
+from tutelx.experts.base import intercepted
 from tutelx.experts.network import StackedExperts
 from tutelx.integrations.formula import find_activation
 from tutelx.integrations.libraries.replacement import LibraryMoE

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tutelx import env
+from tutelx.base import MoEBase
 from tutelx.dispatch import Dispatch
 from tutelx.errors import InvalidTypeError, InvalidValueError
 from tutelx.integrations.tutel import arguments, counts, loading
@@ -24,7 +25,6 @@ from tutelx.integrations.tutel.planner import AsWritten
 from tutelx.integrations.tutel.prescore import compute_prescored
 from tutelx.integrations.tutel.ranks import SharedGroup, world_group, world_size
 from tutelx.integrations.tutel.router import Router
-from tutelx.layer import MoEBase
 from tutelx.scheduler import default_planner
 from tutelx.types import AllToAll, Capacity, Planner
 
