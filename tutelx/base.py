@@ -121,7 +121,7 @@ class MoEBase(nn.Module):
                 if brief is not None:
                     y_TM, map, decision = brief
                     self._ended(routing, decision, RoutingStats(map, routing))
-                    return y_TM if x.dim() == 2 else y_TM.reshape(*x.shape[:-1], y_TM.shape[1])
+                    return _shaped(y_TM, x)
             if torch.is_autocast_enabled(x.device.type):
                 x_TM = x_TM.to(torch.get_autocast_dtype(x.device.type))
             if self.tensor_parallel is not None:
@@ -160,7 +160,7 @@ class MoEBase(nn.Module):
         )
         if self._may_be_brief(chosen):
             self._brief.keep(x_TM, routing, capacity, self.planner, step.decision)
-        return y_TM if x.dim() == 2 else y_TM.reshape(*x.shape[:-1], y_TM.shape[1])
+        return _shaped(y_TM, x)
 
     def _compute(self, x_TM: torch.Tensor, weights_TK: torch.Tensor, experts: Experts, step: Dispatch) -> torch.Tensor:
         """The tokens to their experts and back, as it was decided."""
@@ -193,6 +193,11 @@ class MoEBase(nn.Module):
         if weight is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise InvalidTypeError(f"x is {x.dtype}, but the layer's weights are {weight.dtype}")
         return x
+
+
+def _shaped(y_TM: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[T, M] -> [..., M] for `like` [..., M]."""
+    return y_TM if like.dim() == 2 else y_TM.reshape(*like.shape[:-1], y_TM.shape[1])
 
 
 def _first_parameter(module: nn.Module) -> nn.Parameter | None:

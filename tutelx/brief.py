@@ -6,16 +6,17 @@ Such a call costs one read of its experts' weights, and what Python does around 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
 from tutelx import ops
 from tutelx.experts import Experts
+from tutelx.ops._checks import wants_gradient
+from tutelx.ops.few_tokens import are_few
 from tutelx.stopwatch import are_timed
 from tutelx.types import Capacity, Decision, DispatchMap, Planner, Routing
 
-_MOST_TOKENS = 64
-_DTYPES = (torch.float32, torch.bfloat16)
 _Key = tuple[int, int, torch.dtype, int, bool]
 
 
@@ -61,30 +62,24 @@ class BriefCalls:
             return
         if planner is not self._planner:
             self._planner, self._decisions = planner, {}
-        if decision.source != "call" and (decision.plan.layout, decision.plan.expert_kernel) == ("ragged", "tiled"):
+        if (decision.plan.layout, decision.plan.expert_kernel) == ("ragged", "tiled"):
             reason = f"{decision.reason}; asked once for {x.shape[0]} tokens without a gradient"
             self._decisions[_key(x, routing)] = replace(decision, reason=reason)
 
 
 def _is_brief(x: torch.Tensor, routing: Routing, capacity: Capacity) -> bool:
     return (
-        x.shape[0] <= _MOST_TOKENS
-        and x.is_cpu
-        and x.dtype in _DTYPES
-        and not (torch.is_grad_enabled() and (x.requires_grad or routing.weights.requires_grad))
+        are_few(x, routing.weights)
         and capacity.mode == "dropless"
         and routing.capacity is None
         and routing.expert_ids.dtype == torch.int32
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
         and not are_timed()
         and not torch.autograd._profiler_enabled()
     )
 
 
 def _fits(weights: ops.ExpertWeights, x: torch.Tensor) -> bool:
-    trained = torch.is_grad_enabled() and any(w.requires_grad for ws in weights.lists() for w in ws)
-    return weights.up[0].dtype == x.dtype and not trained
+    return weights.up[0].dtype == x.dtype and not wants_gradient(*chain.from_iterable(weights.lists()))
 
 
 def _key(x: torch.Tensor, routing: Routing) -> _Key:

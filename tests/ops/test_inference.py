@@ -5,6 +5,7 @@ import torch
 
 from tests.cases import DTYPES, ODD_CASES, Case, expert_ids, expert_weights, tensor
 from tutelx import ops
+from tutelx.errors import InvalidValueError
 
 CASES = [*ODD_CASES, Case(tokens=45, top_k=2, num_experts=5, dim=19, skew=0.4)]
 
@@ -34,6 +35,17 @@ def test_opcheck_and_refusals():
     experts = expert_weights(5, 19, 11, gated=True, bias=False, listed=True, dtype=torch.float32, grad=False)
     given = (x, ids, weights, 5, *experts.lists(), "silu", 64, 64)
     torch.library.opcheck(torch.ops.tutelx.inference.default, given)
+    for wanted in (0, 2):
+        tensors = [x, ids, weights]
+        tensors[wanted] = tensors[wanted].clone().requires_grad_()
+        with pytest.raises(InvalidValueError, match="gradient"):
+            ops.inference(*tensors, experts, num_experts=5)
+    with pytest.raises(ValueError, match="expert"):
+        ops.inference(x, ids, weights, experts, num_experts=6)
+    with pytest.raises(ValueError, match="weights"):
+        ops.inference(x, ids, weights[:, :1], experts, num_experts=5)
+    with pytest.raises(TypeError, match="expert_ids"):
+        ops.inference(x, ids.long(), weights, experts, num_experts=5)
     with pytest.raises(ValueError, match="outside"):
         ops.inference(x, ids + 4, weights, experts, num_experts=5)
     with pytest.raises(TypeError, match="up is"):

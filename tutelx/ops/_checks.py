@@ -33,3 +33,8 @@ def check_int(value: object, name: str, *, at_least: int = 1) -> int:
 def check_same(given: object, given_name: str, expected: object, expected_name: str) -> None:
     if given != expected:
         raise InvalidValueError(f"{given_name}={given} differs from {expected_name}={expected}")
+
+
+def wants_gradient(*tensors: torch.Tensor) -> bool:
+    """Whether the graph of one of them is being recorded."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tutelx.errors import InvalidValueError
-from tutelx.ops._checks import check_floating, check_same, check_tensor
+from tutelx.ops._checks import check_floating, check_same, check_tensor, wants_gradient
 from tutelx.ops._library import kernels
 from tutelx.types import DispatchMap
 
@@ -23,7 +23,7 @@ def clear_empty(rows: torch.Tensor, map: DispatchMap) -> torch.Tensor:
     check_tensor(rows, "rows", dim=2)
     check_floating(rows, "rows")
     check_same(rows.shape[0], "rows.shape[0]", map.num_rows, "the map's rows")
-    if rows.requires_grad and torch.is_grad_enabled():
+    if wants_gradient(rows):
         raise InvalidValueError("rows requires a gradient, which clear_empty cannot give")
     kernels.clear_empty(rows, map.source)
     return rows

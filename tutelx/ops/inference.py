@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 
+from tutelx.errors import InvalidValueError
+from tutelx.ops._checks import wants_gradient
 from tutelx.ops._library import calls, kernels
 from tutelx.ops.activation import Activation
 from tutelx.ops.expert_ffn import ExpertWeights
@@ -35,8 +39,10 @@ def inference(
         y [T, M], and where the slots went: ragged.
 
     Raises:
-        ValueError, TypeError: as those four do.
+        InvalidValueError: a gradient is wanted. ValueError, TypeError: as those four do.
     """
+    if wants_gradient(x, weights, *chain.from_iterable(experts.lists())):
+        raise InvalidValueError("x, weights or experts require a gradient, which inference cannot give")
     call = kernels.inference if torch.compiler.is_compiling() else calls.inference
     y, dest, source, counts, offsets = call(
         x, expert_ids, weights, num_experts, *experts.lists(), activation, tile_rows, tile_columns

@@ -6,9 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from tutelx.ops._library import calls
-
-_MOST_TOKENS = 64
-_DTYPES = (torch.float32, torch.bfloat16)
+from tutelx.ops.few_tokens import are_few
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -17,18 +15,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     That way is for float32 and bfloat16 on CPU where no gradient is wanted. It sums in float32, in an order that does
     not depend on the other tokens.
     """
-    if (
-        x.dim() != 2
-        or x.shape[0] > _MOST_TOKENS
-        or x.dtype not in _DTYPES
-        or x.dtype != weight.dtype
-        or x.device.type != "cpu"
-        or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-    ):
-        return F.linear(x, weight)
-    return calls.linear(x, weight)
+    quick = are_few(x, weight) and x.dtype == weight.dtype
+    return calls.linear(x, weight) if quick else F.linear(x, weight)
 
 
 @torch.library.register_fake("tutelx::linear")

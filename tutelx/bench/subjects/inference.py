@@ -30,11 +30,6 @@ def _ours(inputs: LayerInputs) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _grouped_mm(inputs: LayerInputs) -> torch.Tensor:
-    return grouped_mm(inputs)
-
-
-@torch.no_grad()
 def _loop(inputs: LayerInputs) -> torch.Tensor:
     """Only the experts that are asked for; which they are, the host has to wait for."""
     weights_TK, ids_TK = routing(inputs)
@@ -53,7 +48,7 @@ SUBJECTS = (
         op="layer_inference",
         make=_make,
         ours=_ours,
-        plain=(Way(name="loop of experts", call=_loop), Way(name="grouped_mm", call=_grouped_mm)),
+        plain=(Way(name="loop of experts", call=_loop), Way(name="grouped_mm", call=torch.no_grad()(grouped_mm))),
         reads=_weights,
         must_move=lambda shape, S: limits.layer_inference(shape, S, touched(shape)),
     ),
