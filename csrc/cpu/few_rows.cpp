@@ -1,6 +1,12 @@
 // Products with few rows, as in decoding: what they cost is one read of the weights.
+//
+// A core reads fastest along one stream, or along several that lie pages apart. So one output is summed at a time;
+// eight where each fills a page; two where rows are so many that one would not keep up. A sum goes over chunks of the
+// inputs, of which the rows stay in the first cache. What comes later is asked for ahead, into the second cache: the
+// hardware does not look past a page, and drops requests while many are under way.
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -20,30 +26,36 @@ namespace tutelx {
 namespace {
 
 constexpr int64_t kMostRows = 32;  // more rows make a library's blocked product the quicker one
-constexpr int64_t kRows = 6;       // rows of one block; with four outputs its sums just fit the registers
-constexpr int kOutputs = 4;
+constexpr int64_t kGroup = 32;     // outputs that one chunk of the rows is used for
+constexpr int64_t kLine = 64, kPage = 4096, kChunk = 2048;
+constexpr int64_t kRowStride = kChunk + kLine;  // rows a power of two apart would share the few places of one set
+// Rows of one pass, by the outputs at a time. The sums of twelve rows for two outputs just fit the registers.
+constexpr int64_t kAlone = 3, kPairs = 12, kEights = 2;
 
-#define TUTELX_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
-#define TUTELX_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define TUTELX_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
-struct Task {
-  const char *a, *w;
-  char* c;
-  int64_t rows, outputs, inputs;
-  int64_t a_stride, w_stride, c_stride;  // bytes
-
-  // The weights of `count` outputs so many outputs further; of these again where the task ends before.
-  const char* ahead(int64_t output, int64_t count, int64_t further) const {
-    return w + (output + further + count <= outputs ? output + further : output) * w_stride;
+struct Float32 {
+  static constexpr int64_t size = 4;
+  TUTELX_AVX512 TUTELX_INLINE static __m512 add_product(const __m512& sum, const __m512i& x, const __m512i& weight) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(weight), sum);
   }
+  static void store(const float* sums, int64_t n, char* to) { std::memcpy(to, sums, n * size); }
 };
 
-// The weights of outputs to come are asked for, into the second cache, while others are used: each row of a matrix
-// begins on another page, which the hardware does not foresee.
-template <int O>
-TUTELX_INLINE void ask(const char* ahead, int64_t stride, int64_t byte) {
-  for (int o = 0; o < O; ++o) __builtin_prefetch(ahead + o * stride + byte, 0, 2);
-}
+// In pairs, summed in float32 and rounded once.
+struct BFloat16 {
+  static constexpr int64_t size = 2;
+  TUTELX_AVX512 TUTELX_INLINE static __m512 add_product(const __m512& sum, const __m512i& x, const __m512i& weight) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(weight));
+  }
+  TUTELX_AVX512 static void store(const float* sums, int64_t n, char* to) {
+    for (int64_t i = 0; i < n; i += 16) {
+      const __mmask16 lanes = n - i < 16 ? (1u << (n - i)) - 1 : 0xffff;
+      const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(sums + i));
+      _mm256_mask_storeu_epi16(to + i * size, lanes, reinterpret_cast<__m256i>(rounded));
+    }
+  }
+};
 
 // The sums of four vectors' lanes: together they take a third of the steps of one after the other.
 TUTELX_AVX512 TUTELX_INLINE __m128 four_sums(const __m512& a, const __m512& b, const __m512& c, const __m512& d) {
@@ -55,139 +67,169 @@ TUTELX_AVX512 TUTELX_INLINE __m128 four_sums(const __m512& a, const __m512& b, c
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
-template <int O>
-TUTELX_AVX512 TUTELX_INLINE void sums_of(const __m512* v, __m128* sums) {
-  if (O == 1) sums[0] = four_sums(v[0], v[0], v[0], v[0]);
-  for (int o = 0; o + 4 <= O; o += 4) sums[o / 4] = four_sums(v[o], v[o + 1], v[o + 2], v[o + 3]);
+
+// sums[r][o] += sum[r][o], sums of kGroup outputs a row.
+template <int R>
+TUTELX_AVX512 TUTELX_INLINE void add_sums(const __m512 (&sum)[R][1], float* sums) {
+  for (int r = 0; r < R; r += 4) {
+    const auto row = [&](int i) -> const __m512& { return sum[std::min(r + i, R - 1)][0]; };
+    float of_row[4];
+    _mm_storeu_ps(of_row, four_sums(row(0), row(1), row(2), row(3)));
+    for (int i = 0; i < std::min(4, R - r); ++i) sums[(r + i) * kGroup] += of_row[i];
+  }
+}
+template <int R>
+TUTELX_AVX512 TUTELX_INLINE void add_sums(const __m512 (&sum)[R][8], float* sums) {
+  for (int r = 0; r < R; ++r)
+    for (int o = 0; o < 8; o += 4) {
+      float* const to = sums + r * kGroup + o;
+      const __m128 four = four_sums(sum[r][o], sum[r][o + 1], sum[r][o + 2], sum[r][o + 3]);
+      _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), four));
+    }
+}
+template <int R>
+TUTELX_AVX512 TUTELX_INLINE void add_sums(const __m512 (&sum)[R][2], float* sums) {
+  for (int r = 0; r < R; r += 2) {
+    const int other = std::min(r + 1, R - 1);
+    const auto at = [&](int row) { return reinterpret_cast<__m64*>(sums + row * kGroup); };
+    const __m128 before = _mm_loadh_pi(_mm_loadl_pi(_mm_setzero_ps(), at(r)), at(other));
+    const __m128 after = _mm_add_ps(before, four_sums(sum[r][0], sum[r][1], sum[other][0], sum[other][1]));
+    _mm_storel_pi(at(r), after);
+    _mm_storeh_pi(at(other), after);
+  }
 }
 
-// out[r][o] = <a[r], w[o]>, 16 lanes at a time, what is left masked.
-template <int R, int O>
-TUTELX_AVX512 inline void block_f32(const Task& t, int64_t row, int64_t output, const char* ahead) {
+// R rows times O outputs over one chunk of `bytes`. The rows are padded with zeros to a line, the weights are not.
+template <class Number, int R, int O>
+TUTELX_AVX512 TUTELX_INLINE void block(const char* rows, const char* weights, int64_t stride, int64_t bytes,
+                                       const char* ahead, float* sums) {
   __m512 sum[R][O];
-  const float *a[R], *w[O];
-  for (int r = 0; r < R; ++r) a[r] = reinterpret_cast<const float*>(t.a + (row + r) * t.a_stride);
-  for (int o = 0; o < O; ++o) w[o] = reinterpret_cast<const float*>(t.w + (output + o) * t.w_stride);
   for (int r = 0; r < R; ++r)
     for (int o = 0; o < O; ++o) sum[r][o] = _mm512_setzero_ps();
-  int64_t i = 0;
-  for (; i + 16 <= t.inputs; i += 16) {
-    ask<O>(ahead, t.w_stride, i * 4);
-    __m512 x[R];
-    for (int r = 0; r < R; ++r) x[r] = _mm512_loadu_ps(a[r] + i);
-    for (int o = 0; o < O; ++o) {
-      const __m512 weight = _mm512_loadu_ps(w[o] + i);
-      for (int r = 0; r < R; ++r) sum[r][o] = _mm512_fmadd_ps(x[r], weight, sum[r][o]);
+  const auto add = [&](int64_t byte, const __m512i(&weight)[O]) TUTELX_AVX512 {
+    for (int r = 0; r < R; ++r) {
+      __m512i x = _mm512_loadu_si512(rows + r * kRowStride + byte);
+      asm("" : "+v"(x));  // else it is loaded for every product, and loads are what the loop is short of
+      for (int o = 0; o < O; ++o) sum[r][o] = Number::add_product(sum[r][o], x, weight[o]);
     }
+  };
+  int64_t byte = 0;
+  __m512i weight[O];
+  for (; byte + kLine <= bytes; byte += kLine) {
+    for (int o = 0; o < O; ++o) __builtin_prefetch(ahead + o * stride + byte, 0, 2);
+    for (int o = 0; o < O; ++o) weight[o] = _mm512_loadu_si512(weights + o * stride + byte);
+    add(byte, weight);
   }
-  if (i < t.inputs) {
-    const __mmask16 left = static_cast<__mmask16>((1u << (t.inputs - i)) - 1);
-    for (int o = 0; o < O; ++o) {
-      const __m512 weight = _mm512_maskz_loadu_ps(left, w[o] + i);
-      for (int r = 0; r < R; ++r) sum[r][o] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(left, a[r] + i), weight, sum[r][o]);
-    }
+  if (byte < bytes) {
+    const __mmask64 left = (__mmask64{1} << (bytes - byte)) - 1;
+    for (int o = 0; o < O; ++o) weight[o] = _mm512_maskz_loadu_epi8(left, weights + o * stride + byte);
+    add(byte, weight);
   }
-  for (int r = 0; r < R; ++r) {
-    __m128 sums[(O + 3) / 4];
-    sums_of<O>(sum[r], sums);
-    std::memcpy(t.c + (row + r) * t.c_stride + output * 4, sums, O * 4);
-  }
+  add_sums<R>(sum, sums);
 }
 
-TUTELX_AVX512_BF16 inline __m512bh load_bf16(const uint16_t* p) {
-  return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
+// Some rows times a group of outputs.
+struct Pass {
+  const char* rows;            // [chunk][row], kRowStride apart
+  int64_t rows_a_chunk;        // bytes
+  const char *weights, *next;  // of the first output, here and in the pass after this one
+  int64_t stride, bytes;       // of an output's weights: between two outputs, and of each
+  int64_t outputs, further;    // how many; how many outputs ahead weights are asked for
+  float* sums;
+
+  const char* ahead(int64_t output) const {
+    const int64_t o = output + further;
+    return o < outputs ? weights + o * stride : next + (o - outputs) * stride;
+  }
+};
+
+template <class Number, int R, int O>
+TUTELX_AVX512 TUTELX_INLINE void chunks(const Pass& p, int64_t output) {
+  const char *weights = p.weights + output * p.stride, *ahead = p.ahead(output), *rows = p.rows;
+  for (int64_t byte = 0; byte < p.bytes; byte += kChunk, rows += p.rows_a_chunk)
+    block<Number, R, O>(rows, weights + byte, p.stride, std::min(kChunk, p.bytes - byte), ahead + byte,
+                        p.sums + output);
 }
-TUTELX_AVX512_BF16 inline __m512bh load_bf16(const uint16_t* p, __mmask32 lanes) {
-  return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(lanes, p));
+template <class Number, int R, int O>
+TUTELX_AVX512 void pass(const Pass& p) {
+  int64_t o = 0;
+  for (; o + O <= p.outputs; o += O) chunks<Number, R, O>(p, o);
+  for (; o < p.outputs; ++o) chunks<Number, R, 1>(p, o);
+}
+using PassOf = void (*)(const Pass&);
+template <class Number, int O, size_t... R>
+constexpr std::array<PassOf, sizeof...(R)> passes(std::index_sequence<R...>) {
+  return {pass<Number, R + 1, O>...};  // by the rows less one
+}
+template <class Number, int O, int64_t most>
+constexpr std::array<PassOf, most> kPasses = passes<Number, O>(std::make_index_sequence<most>());
+
+// How rows are gone through.
+struct Way {
+  const PassOf* passes;
+  int64_t rows, span, ahead;  // the most rows of a pass; bytes of an output's weights in it; bytes to look ahead
+};
+template <class Number>
+Way way_of(int64_t rows, int64_t bytes) {
+  if (rows <= kEights && bytes >= kPage) return {kPasses<Number, 8, kEights>.data(), kEights, bytes, 8 * bytes};
+  if (rows <= kAlone) return {kPasses<Number, 1, kAlone>.data(), kAlone, bytes, 8192};
+  return {kPasses<Number, 2, kPairs>.data(), kPairs, kChunk, 16384};
 }
 
-// The same on pairs of bfloat16, summed in float32 and rounded once.
-template <int R, int O>
-TUTELX_AVX512_BF16 inline void block_bf16(const Task& t, int64_t row, int64_t output, const char* ahead) {
-  __m512 sum[R][O];
-  const uint16_t *a[R], *w[O];
-  for (int r = 0; r < R; ++r) a[r] = reinterpret_cast<const uint16_t*>(t.a + (row + r) * t.a_stride);
-  for (int o = 0; o < O; ++o) w[o] = reinterpret_cast<const uint16_t*>(t.w + (output + o) * t.w_stride);
-  for (int r = 0; r < R; ++r)
-    for (int o = 0; o < O; ++o) sum[r][o] = _mm512_setzero_ps();
-  int64_t i = 0;
-  for (; i + 32 <= t.inputs; i += 32) {
-    ask<O>(ahead, t.w_stride, i * 2);
-    __m512bh x[R];
-    for (int r = 0; r < R; ++r) x[r] = load_bf16(a[r] + i);
-    for (int o = 0; o < O; ++o) {
-      const __m512bh weight = load_bf16(w[o] + i);
-      for (int r = 0; r < R; ++r) sum[r][o] = _mm512_dpbf16_ps(sum[r][o], x[r], weight);
+template <class Number>
+void multiply_rows(const Matrix& a, const Matrix& b, const Matrix& c) {
+  const int64_t bytes = a.cols * Number::size, chunk_bytes = a.rows * kRowStride;
+  thread_local std::vector<char> memory;
+  memory.resize((bytes + kChunk - 1) / kChunk * chunk_bytes + kLine);
+  char* const rows = memory.data() + (-reinterpret_cast<intptr_t>(memory.data()) & (kLine - 1));
+  for (int64_t byte = 0; byte < bytes; byte += kChunk)
+    for (int64_t r = 0; r < a.rows; ++r) {
+      const int64_t n = std::min(kChunk, bytes - byte), padded = (n + kLine - 1) / kLine * kLine;
+      char* const to = rows + byte / kChunk * chunk_bytes + r * kRowStride;
+      std::memcpy(to, a.data + r * a.row_stride * Number::size + byte, n);
+      std::memset(to + n, 0, padded - n);
     }
-  }
-  if (i < t.inputs) {
-    const __mmask32 lanes = (__mmask32{1} << (t.inputs - i)) - 1;
-    for (int o = 0; o < O; ++o) {
-      const __m512bh weight = load_bf16(w[o] + i, lanes);
-      for (int r = 0; r < R; ++r) sum[r][o] = _mm512_dpbf16_ps(sum[r][o], load_bf16(a[r] + i, lanes), weight);
+
+  const Way way = way_of<Number>(a.rows, bytes);
+  const int64_t stride = b.col_stride * Number::size, blocks = (a.rows + way.rows - 1) / way.rows;
+  float sums[kMostRows * kGroup];
+  for (int64_t o = 0; o < b.cols; o += kGroup) {
+    const int64_t outputs = std::min(kGroup, b.cols - o);
+    const char* const weights = b.data + o * stride;
+    std::fill_n(sums, a.rows * kGroup, 0.0f);
+    for (int64_t byte = 0; byte < bytes; byte += way.span) {
+      const int64_t n = std::min(way.span, bytes - byte);
+      const bool last = byte + n == bytes;
+      const char* const next = !last ? weights + byte + n : o + outputs < b.cols ? weights + outputs * stride : weights;
+      const int64_t further = std::clamp(way.ahead / n, int64_t{2}, kGroup);
+      for (int64_t i = 0, row = 0, several; i < blocks; ++i, row += several) {
+        several = (a.rows - row + blocks - i - 1) / (blocks - i);
+        // The first of several blocks finds its weights in the cache, where the last of the pass before asked for them.
+        way.passes[several - 1]({rows + byte / kChunk * chunk_bytes + row * kRowStride, chunk_bytes, weights + byte,
+                                 next, stride, n, outputs,
+                                 blocks == 1       ? further
+                                 : i + 1 == blocks ? outputs
+                                                   : 0,
+                                 sums + row * kGroup});
+      }
     }
-  }
-  for (int r = 0; r < R; ++r) {
-    __m128 sums[(O + 3) / 4];
-    sums_of<O>(sum[r], sums);
-    char* const to = t.c + (row + r) * t.c_stride + output * 2;
-    for (int o = 0; o < O; o += 4) {
-      const __m128bh rounded = _mm_cvtneps_pbh(sums[o / 4]);
-      std::memcpy(to + o * 2, &rounded, std::min(O, 4) * 2);
-    }
+    for (int64_t r = 0; r < a.rows; ++r)
+      Number::store(sums + r * kGroup, outputs, c.data + (r * c.row_stride + o) * Number::size);
   }
 }
-
-// All rows of a few outputs, then the next outputs: the weights come from memory once. Requests are lost where many are
-// under way, so with several blocks of rows every output is asked for twice: two steps before it and one.
-#define TUTELX_WALK(type, target)                                                         \
-  template <int O>                                                                        \
-  target inline void rows_##type(const Task& t, int64_t output) {                         \
-    const int64_t blocks = (t.rows + kRows - 1) / kRows;                                  \
-    for (int64_t i = 0, row = 0, rows; i < blocks; ++i, row += rows) {                    \
-      rows = (t.rows - row + blocks - i - 1) / (blocks - i);                              \
-      const char* const ahead = t.ahead(output, O, blocks > 1 && i % 2 == 0 ? 2 * O : O); \
-      if (rows == 6) block_##type<6, O>(t, row, output, ahead);                           \
-      if (rows == 5) block_##type<5, O>(t, row, output, ahead);                           \
-      if (rows == 4) block_##type<4, O>(t, row, output, ahead);                           \
-      if (rows == 3) block_##type<3, O>(t, row, output, ahead);                           \
-      if (rows == 2) block_##type<2, O>(t, row, output, ahead);                           \
-      if (rows == 1) block_##type<1, O>(t, row, output, ahead);                           \
-    }                                                                                     \
-  }                                                                                       \
-  target void walk_##type(const Task& t) {                                                \
-    int64_t o = 0;                                                                        \
-    if (t.rows == 2)                                                                      \
-      for (; o + 8 <= t.outputs; o += 8) block_##type<2, 8>(t, 0, o, t.ahead(o, 8, 8));   \
-    if (t.rows == 1)                                                                      \
-      for (; o + 8 <= t.outputs; o += 8) block_##type<1, 8>(t, 0, o, t.ahead(o, 8, 8));   \
-    for (; o + kOutputs <= t.outputs; o += kOutputs) rows_##type<kOutputs>(t, o);         \
-    for (; o < t.outputs; ++o) rows_##type<1>(t, o);                                      \
-  }
-TUTELX_WALK(f32, TUTELX_AVX512)
-TUTELX_WALK(bf16, TUTELX_AVX512_BF16)
-#undef TUTELX_WALK
 
 }  // namespace
 
 bool multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& c) {
-  static const bool f32 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
-  static const bool bf16 = f32 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
+  static const bool f32 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  static const bool bf16 = f32 && __builtin_cpu_supports("avx512bf16");
   const bool known = (a.dtype == at::kFloat && f32) || (a.dtype == at::kBFloat16 && bf16);
   if (!known || a.rows > kMostRows || a.col_stride != 1 || b.row_stride != 1 || c.col_stride != 1) return false;
-  const int64_t size = static_cast<int64_t>(c10::elementSize(a.dtype));
-  // Rows a power of two apart would share the few places of one set in the cache, with each other and with the weights:
-  // they are moved a line apart.
-  const int64_t row_bytes = a.cols * size, packed = (row_bytes + 63) / 64 * 64 + 64;
-  thread_local std::vector<char> rows;
-  rows.resize(a.rows * packed + 64);
-  char* const first = rows.data() + (-reinterpret_cast<intptr_t>(rows.data()) & 63);
-  for (int64_t r = 0; r < a.rows; ++r) std::memcpy(first + r * packed, a.data + r * a.row_stride * size, row_bytes);
-  const Task task{first, b.data, c.data, a.rows, b.cols, a.cols, packed, b.col_stride * size, c.row_stride * size};
   if (a.dtype == at::kFloat)
-    walk_f32(task);
+    multiply_rows<Float32>(a, b, c);
   else
-    walk_bf16(task);
+    multiply_rows<BFloat16>(a, b, c);
   return true;
 }
 
