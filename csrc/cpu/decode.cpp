@@ -17,22 +17,18 @@
 #include "stream.h"
 
 namespace tutelx {
-namespace {
-
-void check_weights(const at::Tensor& weights, const at::Tensor& rows, const at::Tensor& dest) {
+void check_weights(const at::Tensor& weights, const at::Tensor& dest, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(weights.sizes() == dest.sizes(), "weights has shape ", weights.sizes(), ", the map has ",
                     dest.sizes());
-  TORCH_CHECK_TYPE(weights.scalar_type() == rows.scalar_type() || weights.scalar_type() == at::kFloat, "weights is ",
-                   weights.scalar_type(), ", expected ", rows.scalar_type(), " (as rows) or float32");
+  TORCH_CHECK_TYPE(weights.scalar_type() == dtype || weights.scalar_type() == at::kFloat, "weights is ",
+                   weights.scalar_type(), ", expected ", dtype, " (as rows) or float32");
 }
-
-}  // namespace
 
 at::Tensor decode(const at::Tensor& rows, const at::Tensor& dest, const at::Tensor& source, const at::Tensor& weights) {
   check_dim(rows, "rows", 2);
   check_floating(rows, "rows");
   check_size(rows, "rows", 0, source.size(0), "the map's rows");
-  check_weights(weights, rows, dest);
+  check_weights(weights, dest, rows.scalar_type());
   return gather_sum(rows, dest, weights);
 }
 
@@ -86,7 +82,7 @@ std::tuple<at::Tensor, at::Tensor> decode_backward(const at::Tensor& grad_y, con
   check_size(grad_y, "grad_y", 1, rows.size(1), "rows.size(1)");
   check_size(rows, "rows", 0, source.size(0), "the map's rows");
   check_dtype(grad_y, "grad_y", rows.scalar_type());
-  check_weights(weights, rows, dest);
+  check_weights(weights, dest, rows.scalar_type());
   const int64_t R = rows.size(0), D = rows.size(1), T = dest.size(0), K = dest.size(1);
   const at::Tensor dy = grad_y.contiguous(), in = rows.contiguous(), from = source.contiguous(), to = dest.contiguous();
   const at::Tensor grad_rows = buffer_like(in);

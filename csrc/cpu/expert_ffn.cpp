@@ -2,82 +2,47 @@
 // A product is cut into tiles (expert, block of rows, block of columns); each tile is one GEMM on one thread, and
 // threads take tiles as they come free. So cost follows the rows, however unevenly experts are loaded, and since the
 // cut depends on the shapes alone, so do the bits of the result.
-#include <ATen/ATen.h>
+#include "expert_ffn.h"
+
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
-#include <tuple>
+#include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "../check.h"
 #include "activation.h"
 #include "buffers.h"
-#include "expert_weights.h"
+#include "ffn_weights.h"
 #include "forward.h"
 #include "gemm.h"
 #include "parallel.h"
-#include "segments.h"
 
 namespace tutelx {
 namespace {
 
-struct Weights {
-  ExpertParameter gate, up, down, gate_bias, up_bias, down_bias;
-  int64_t model_dim, hidden_dim;
-
-  Weights(at::TensorList g, at::TensorList u, at::TensorList d, at::TensorList gb, at::TensorList ub, at::TensorList db,
-          const at::Tensor& rows, int64_t E)
-      : gate(g, 2, "gate", E),
-        up(u, 2, "up", E),
-        down(d, 2, "down", E),
-        gate_bias(gb, 1, "gate_bias", E),
-        up_bias(ub, 1, "up_bias", E),
-        down_bias(db, 1, "down_bias", E) {
-    TORCH_CHECK_VALUE(up && down, "expert_ffn needs up and down weights; up is ", up ? "given" : "empty", ", down is ",
-                      down ? "given" : "empty");
-    model_dim = rows.size(1);
-    hidden_dim = up.size(0);
-    check(up, "up", {hidden_dim, model_dim}, rows);
-    check(down, "down", {model_dim, hidden_dim}, rows);
-    check(gate, "gate", {hidden_dim, model_dim}, rows);
-    check(gate_bias, "gate_bias", {hidden_dim}, rows);
-    check(up_bias, "up_bias", {hidden_dim}, rows);
-    check(down_bias, "down_bias", {model_dim}, rows);
-    gate_bias = gate_bias.contiguous_vectors();
-    up_bias = up_bias.contiguous_vectors();
-    down_bias = down_bias.contiguous_vectors();
-  }
-
- private:
-  static void check(const ExpertParameter& p, const char* name, std::vector<int64_t> shape, const at::Tensor& rows) {
-    if (!p) return;
-    for (size_t d = 0; d < shape.size(); ++d)
-      TORCH_CHECK_VALUE(p.size(d) == shape[d], name, " has size ", p.size(d), " in dimension ", d, ", expected ",
-                        shape[d]);
-    TORCH_CHECK_TYPE(p.dtype() == rows.scalar_type(), name, " is ", p.dtype(), ", rows are ", rows.scalar_type());
-  }
-};
-
 template <class T>
-Forward forward(const at::Tensor& rows, const Segments& segments, const Weights& w, Act act, TileSize size, bool keep) {
-  const int64_t R = rows.size(0), M = w.model_dim, H = w.hidden_dim;
-  const at::Tensor out = buffer({R, M}, rows.options()), hidden = buffer({R, H}, rows.options());
-  const at::Tensor nothing = buffer({0}, rows.options());
+Forward run(const Rows& x, const Segments& segments, const FfnWeights& w, Act act, TileSize size, bool keep,
+            at::TensorOptions options, const Then& then) {
+  const int64_t R = segments.rows, M = w.model_dim, H = w.hidden_dim, E = segments.experts();
+  const at::Tensor out = buffer({R, M}, options), hidden = buffer({R, H}, options), nothing = buffer({0}, options);
   const at::Tensor gate_pre = keep && w.gate ? buffer_like(hidden) : nothing;
   const at::Tensor up_pre = keep ? buffer_like(hidden) : nothing;
-  const Matrix x = matrix_of(rows), y = matrix_of(out), a = matrix_of(hidden);
+  const Rows a{matrix_of(hidden)};
+  const Matrix y = matrix_of(out);
 
   const std::vector<Tile> inner = cut(segments, H, size), outer = cut(segments, M, size);
-  const auto into_hidden = [&](int64_t i) {
-    const Tile t = inner[i];
+  const auto into_hidden = [&](const Tile& t) {
     // Where the pre-activations go: kept for the backward, or forgotten with the tile.
-    std::vector<T> scratch(keep ? 0 : t.rows * t.cols * (w.gate ? 2 : 1));
+    const std::unique_ptr<T[]> scratch(keep ? nullptr : new T[t.rows * t.cols * (w.gate ? 2 : 1)]);
     const auto place = [&](const at::Tensor& kept, int64_t nth) -> Matrix {
       if (keep) return matrix_of(kept).block(t.row, t.rows, t.col, t.cols);
-      return {reinterpret_cast<char*>(scratch.data() + nth * t.rows * t.cols), t.rows, t.cols, t.cols, 1, x.dtype};
+      return {reinterpret_cast<char*>(scratch.get() + nth * t.rows * t.cols), t.rows, t.cols, t.cols, 1, x.of.dtype};
     };
+    Products products(x.some(t.row, t.rows));
     const auto project = [&](const ExpertParameter& weight, const ExpertParameter& bias, const Matrix& to) {
-      multiply(x.block(t.row, t.rows, 0, M), weight.matrix(t.expert).block(t.col, t.cols, 0, M).transposed(), to);
+      products.into(weight.matrix(t.expert).block(t.col, t.cols, 0, M).transposed(), to);
       add_bias<T>(to, bias ? bias.vector<T>(t.expert) + t.col : nullptr);
     };
     const Matrix u = place(up_pre, 0);
@@ -89,17 +54,41 @@ Forward forward(const at::Tensor& rows, const Segments& segments, const Weights&
                   w.gate ? reinterpret_cast<T*>(u.data) + r * u.row_stride : nullptr,
                   hidden.mutable_data_ptr<T>() + (t.row + r) * H + t.col, t.cols);
   };
-  const auto out_of_hidden = [&](int64_t i) {
-    const Tile t = outer[i];
+  const auto out_of_hidden = [&](const Tile& t) {
     const Matrix to = y.block(t.row, t.rows, t.col, t.cols);
-    multiply(a.block(t.row, t.rows, 0, H), w.down.matrix(t.expert).block(t.col, t.cols, 0, H).transposed(), to);
+    Products(a.some(t.row, t.rows)).into(w.down.matrix(t.expert).block(t.col, t.cols, 0, H).transposed(), to);
     add_bias<T>(to, w.down_bias ? w.down_bias.vector<T>(t.expert) + t.col : nullptr);
   };
+
+  // An outer tile needs all inner ones of its expert; what comes then needs all outer ones.
+  Progress progress(E + 1);
+  for (const Tile& t : inner) progress.expect(t.expert);
+  for (size_t i = 0; i < outer.size(); ++i) progress.expect(E);
   int64_t numbers = R * (M + 2 * H);
-  for (int64_t e = 0; e < segments.experts(); ++e) numbers += segments.of[e].size > 0 ? (w.gate ? 3 : 2) * M * H : 0;
-  parallel_items_then(inner.size(), into_hidden, outer.size(), out_of_hidden, numbers * sizeof(T));
-  zero_other_rows(out, segments);
+  for (int64_t e = 0; e < E; ++e) numbers += segments.of[e].size > 0 ? (w.gate ? 3 : 2) * M * H : 0;
+  const int64_t n = inner.size(), m = outer.size();
+  parallel_in_order(n + m + then.items, numbers * sizeof(T), progress, [&](int64_t i) {
+    if (i < n) {
+      into_hidden(inner[i]);
+      progress.finish(inner[i].expert);
+    } else if (i < n + m) {
+      if (!progress.wait(outer[i - n].expert)) return;
+      out_of_hidden(outer[i - n]);
+      progress.finish(E);
+    } else if (progress.wait(E)) {
+      then.item(out, i - n - m);
+    }
+  });
   return {out, gate_pre, up_pre};
+}
+
+Forward run(const Rows& x, const Segments& segments, const FfnWeights& weights, Act act, TileSize size, bool keep,
+            at::TensorOptions options, const Then& then) {
+  Forward result;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.of.dtype, "expert_ffn", [&] {
+    result = run<scalar_t>(x, segments, weights, act, size, keep, options, then);
+  });
+  return result;
 }
 
 }  // namespace
@@ -111,149 +100,33 @@ Forward expert_ffn(const at::Tensor& rows, const at::Tensor& counts, const at::T
   check_dim(rows, "rows", 2);
   const at::Tensor x = rows.contiguous();
   const Segments segments(counts, offsets, x.size(0));
-  const Weights weights(gate, up, down, gate_bias, up_bias, down_bias, x, segments.experts());
-  const Act act = parse_activation(activation);
-  const TileSize size(tile_rows, tile_columns);
-  Forward result;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "expert_ffn",
-                                  [&] { result = forward<scalar_t>(x, segments, weights, act, size, keep); });
+  const FfnWeights weights(gate, up, down, gate_bias, up_bias, down_bias, x, segments.experts());
+  const Forward result = run(Rows{matrix_of(x)}, segments, weights, parse_activation(activation),
+                             TileSize(tile_rows, tile_columns), keep, x.options(), Then{});
+  zero_other_rows(std::get<0>(result), segments);
   return result;
 }
 
-namespace {
-
-using Gradients = std::vector<at::Tensor>;
-using Backward = std::tuple<at::Tensor, Gradients, Gradients, Gradients, Gradients, Gradients, Gradients>;
-
-// One kind of weight and what its gradient is the product of: grad[e] = left[rows of e]^T @ right[rows of e].
-struct WeightGradient {
-  const at::Tensor* left;
-  const at::Tensor* right;
-  Gradients weight, bias;
-};
-
-template <class T>
-Backward backward(const at::Tensor& grad_out, const at::Tensor& rows, const Segments& segments, const Weights& w,
-                  const at::Tensor& gate_pre, const at::Tensor& up_pre, Act act, TileSize size, bool need_rows,
-                  bool need_weights, bool zero_unused) {
-  const int64_t R = rows.size(0), M = w.model_dim, H = w.hidden_dim, E = segments.experts();
-  const at::Tensor grad_up = buffer({R, H}, rows.options());
-  const at::Tensor grad_gate = w.gate ? buffer_like(grad_up) : at::Tensor();
-  const at::Tensor hidden = need_weights ? buffer_like(grad_up) : at::Tensor();
-  const Matrix dy = matrix_of(grad_out);
-
-  // Through down and the activation.
-  const std::vector<Tile> inner = cut(segments, H, size);
-  parallel_items(inner.size(), [&](int64_t i) {
-    const Tile t = inner[i];
-    std::vector<T> scratch(t.rows * t.cols);
-    const Matrix da{reinterpret_cast<char*>(scratch.data()), t.rows, t.cols, t.cols, 1, dy.dtype};
-    multiply(dy.block(t.row, t.rows, 0, M), w.down.matrix(t.expert).block(0, M, t.col, t.cols), da);
-    for (int64_t r = 0; r < t.rows; ++r) {
-      const int64_t at = (t.row + r) * H + t.col;
-      const T* u = up_pre.const_data_ptr<T>() + at;
-      T* du = grad_up.mutable_data_ptr<T>() + at;
-      T* a = need_weights ? hidden.mutable_data_ptr<T>() + at : nullptr;
-      const T* da_row = scratch.data() + r * t.cols;
-      if (w.gate)
-        activate_backward<T>(act, da_row, gate_pre.const_data_ptr<T>() + at, u, grad_gate.mutable_data_ptr<T>() + at,
-                             du, a, t.cols);
-      else
-        activate_backward<T>(act, da_row, u, nullptr, du, nullptr, a, t.cols);
-    }
-  });
-
-  // Then grad_rows and all weight gradients at once: none of them needs another.
-  const at::Tensor grad_rows = need_rows ? buffer_like(rows) : buffer({0}, rows.options());
-  const std::vector<Tile> row_tiles = need_rows ? cut(segments, M, size) : std::vector<Tile>();
-  const auto to_rows = [&](const Tile& t) {
-    const Matrix to = matrix_of(grad_rows).block(t.row, t.rows, t.col, t.cols);
-    multiply(matrix_of(grad_up).block(t.row, t.rows, 0, H), w.up.matrix(t.expert).block(0, H, t.col, t.cols), to);
-    if (w.gate)
-      multiply(matrix_of(grad_gate).block(t.row, t.rows, 0, H), w.gate.matrix(t.expert).block(0, H, t.col, t.cols), to,
-               true);
-  };
-
-  std::vector<WeightGradient> wanted;
-  struct WeightTile {
-    int64_t which, expert, row, rows;
-  };
-  std::vector<WeightTile> weight_tiles;
-  if (need_weights) {
-    const std::vector<int64_t> sizes = segments.sizes();
-    const auto want = [&](const ExpertParameter& weight, const ExpertParameter& bias, const at::Tensor& left,
-                          const at::Tensor& right) {
-      wanted.push_back({&left, &right, weight ? weight.gradients(sizes, zero_unused) : Gradients(),
-                        bias ? bias.gradients(sizes, zero_unused) : Gradients()});
-      if (!weight) return;
-      for (int64_t e = 0; e < E; ++e)
-        for (int64_t row = 0; sizes[e] > 0 && row < weight.size(0); row += size.columns)
-          weight_tiles.push_back(
-              {static_cast<int64_t>(wanted.size()) - 1, e, row, std::min(size.columns, weight.size(0) - row)});
-    };
-    want(w.gate, w.gate_bias, grad_gate, rows);
-    want(w.up, w.up_bias, grad_up, rows);
-    want(w.down, w.down_bias, grad_out, hidden);
+void expert_ffn_of_tokens(const at::Tensor& tokens, const at::Tensor& dest, const at::Tensor& source,
+                          const Segments& segments, const FfnWeights& weights, Act act, TileSize size,
+                          const Then& then) {
+  const Matrix x = matrix_of(tokens);
+  int64_t most = 0;
+  bool side_by_side = x.col_stride == 1;
+  for (int64_t e = 0; e < segments.experts(); ++e) {
+    if (segments.of[e].size == 0) continue;
+    most = std::max(most, std::min(segments.of[e].size, size.rows));
+    side_by_side &= weights.up.matrix(e).col_stride == 1 && (!weights.gate || weights.gate.matrix(e).col_stride == 1);
   }
-  const auto to_weight = [&](const WeightTile& t) {
-    WeightGradient& g = wanted[t.which];
-    const Span span = segments.of[t.expert];
-    const Matrix left = matrix_of(*g.left).block(span.begin, span.size, t.row, t.rows);
-    const Matrix right = matrix_of(*g.right).block(span.begin, span.size, 0, g.right->size(1));
-    const at::Tensor& buffer = g.weight.size() == 1 && g.weight[0].dim() == 3 ? g.weight[0] : g.weight[t.expert];
-    const Matrix to = buffer.dim() == 3 ? matrix_of(buffer.select(0, t.expert)) : matrix_of(buffer);
-    multiply(left.transposed(), right, to.block(t.row, t.rows, 0, to.cols));
-    if (g.bias.empty()) return;
-    const bool stacked = g.bias[0].dim() == 2;
-    T* bias = stacked ? g.bias[0].template mutable_data_ptr<T>() + t.expert * g.bias[0].size(1)
-                      : g.bias[t.expert].template mutable_data_ptr<T>();
-    sum_rows<T>(left, bias + t.row);
-  };
-  const int64_t n_rows = row_tiles.size(), n_weights = weight_tiles.size();
-  parallel_items(n_rows + n_weights, [&](int64_t i) {
-    if (i < n_rows)
-      to_rows(row_tiles[i]);
-    else
-      to_weight(weight_tiles[i - n_rows]);
-  });
-  if (need_rows) zero_other_rows(grad_rows, segments);
-  if (!need_weights) return {grad_rows, {}, {}, {}, {}, {}, {}};
-  return {grad_rows,      wanted[0].weight, wanted[1].weight, wanted[2].weight,
-          wanted[0].bias, wanted[1].bias,   wanted[2].bias};
+  if (side_by_side && FewRows::can(most, x.dtype)) {
+    const Rows rows{x, source.const_data_ptr<int32_t>(), dest.size(1)};
+    run(rows, segments, weights, act, size, false, tokens.options(), then);
+  } else {
+    const at::Tensor rows = encode(tokens, source, dest);
+    run(Rows{matrix_of(rows)}, segments, weights, act, size, false, tokens.options(), then);
+  }
 }
 
-Backward expert_ffn_backward(const at::Tensor& grad_out, const at::Tensor& rows, const at::Tensor& counts,
-                             const at::Tensor& offsets, at::TensorList gate, at::TensorList up, at::TensorList down,
-                             at::TensorList gate_bias, at::TensorList up_bias, at::TensorList down_bias,
-                             const at::Tensor& gate_pre, const at::Tensor& up_pre, c10::string_view activation,
-                             int64_t tile_rows, int64_t tile_columns, bool need_rows, bool need_weights,
-                             bool zero_unused) {
-  check_dim(rows, "rows", 2);
-  TORCH_CHECK_VALUE(grad_out.sizes() == rows.sizes(), "grad_out has shape ", grad_out.sizes(), ", rows have ",
-                    rows.sizes());
-  check_dtype(grad_out, "grad_out", rows.scalar_type());
-  const at::Tensor dy = grad_out.contiguous(), x = rows.contiguous();
-  const Segments segments(counts, offsets, x.size(0));
-  const Weights weights(gate, up, down, gate_bias, up_bias, down_bias, x, segments.experts());
-  const std::vector<int64_t> kept{x.size(0), weights.hidden_dim};
-  TORCH_CHECK_VALUE(up_pre.sizes() == kept, "up_pre has shape ", up_pre.sizes(), ", expected ", kept,
-                    " (was keep set in the forward?)");
-  TORCH_CHECK_VALUE(!weights.gate || gate_pre.sizes() == kept, "gate_pre has shape ", gate_pre.sizes(), ", expected ",
-                    kept);
-  const Act act = parse_activation(activation);
-  const TileSize size(tile_rows, tile_columns);
-  Backward result;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "expert_ffn_backward", [&] {
-    result = backward<scalar_t>(dy, x, segments, weights, gate_pre.contiguous(), up_pre.contiguous(), act, size,
-                                need_rows, need_weights, zero_unused);
-  });
-  return result;
-}
-
-}  // namespace
 }  // namespace tutelx
 
-TORCH_LIBRARY_IMPL(tutelx, CPU, m) {
-  m.impl("expert_ffn", &tutelx::expert_ffn);
-  m.impl("expert_ffn_backward", &tutelx::expert_ffn_backward);
-}
+TORCH_LIBRARY_IMPL(tutelx, CPU, m) { m.impl("expert_ffn", &tutelx::expert_ffn); }

@@ -5,12 +5,14 @@
 // inputs, of which the rows stay in the first cache. What comes later is asked for ahead, into the second cache: the
 // hardware does not look past a page, and drops requests while many are under way.
 
+#include "few_rows.h"
+
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <utility>
 #include <vector>
 
-#include "gemm.h"
 #include "parallel.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -177,65 +179,70 @@ Way way_of(int64_t rows, int64_t bytes) {
 }
 
 template <class Number>
-void multiply_rows(const Matrix& a, const Matrix& b, const Matrix& c) {
-  const int64_t bytes = a.cols * Number::size, chunk_bytes = a.rows * kRowStride;
-  thread_local std::vector<char> memory;
-  memory.resize((bytes + kChunk - 1) / kChunk * chunk_bytes + kLine);
-  char* const rows = memory.data() + (-reinterpret_cast<intptr_t>(memory.data()) & (kLine - 1));
-  for (int64_t byte = 0; byte < bytes; byte += kChunk)
-    for (int64_t r = 0; r < a.rows; ++r) {
-      const int64_t n = std::min(kChunk, bytes - byte), padded = (n + kLine - 1) / kLine * kLine;
-      char* const to = rows + byte / kChunk * chunk_bytes + r * kRowStride;
-      std::memcpy(to, a.data + r * a.row_stride * Number::size + byte, n);
-      std::memset(to + n, 0, padded - n);
-    }
-
-  const Way way = way_of<Number>(a.rows, bytes);
-  const int64_t stride = b.col_stride * Number::size, blocks = (a.rows + way.rows - 1) / way.rows;
+void multiply(const char* rows, int64_t count, int64_t bytes, const Matrix& b, const Matrix& c) {
+  const Way way = way_of<Number>(count, bytes);
+  const int64_t chunk_bytes = count * kRowStride, stride = b.col_stride * Number::size;
+  const int64_t blocks = (count + way.rows - 1) / way.rows;
   float sums[kMostRows * kGroup];
   for (int64_t o = 0; o < b.cols; o += kGroup) {
     const int64_t outputs = std::min(kGroup, b.cols - o);
     const char* const weights = b.data + o * stride;
-    std::fill_n(sums, a.rows * kGroup, 0.0f);
+    std::fill_n(sums, count * kGroup, 0.0f);
     for (int64_t byte = 0; byte < bytes; byte += way.span) {
       const int64_t n = std::min(way.span, bytes - byte);
       const bool last = byte + n == bytes;
       const char* const next = !last ? weights + byte + n : o + outputs < b.cols ? weights + outputs * stride : weights;
       const int64_t further = std::clamp(way.ahead / n, int64_t{2}, kGroup);
       for (int64_t i = 0, row = 0, several; i < blocks; ++i, row += several) {
-        several = (a.rows - row + blocks - i - 1) / (blocks - i);
+        several = (count - row + blocks - i - 1) / (blocks - i);
         // The first of several blocks finds its weights in the cache, where the last of the pass before asked for them.
+        const int64_t asked = blocks == 1 ? further : i + 1 == blocks ? outputs : 0;
         way.passes[several - 1]({rows + byte / kChunk * chunk_bytes + row * kRowStride, chunk_bytes, weights + byte,
-                                 next, stride, n, outputs,
-                                 blocks == 1       ? further
-                                 : i + 1 == blocks ? outputs
-                                                   : 0,
-                                 sums + row * kGroup});
+                                 next, stride, n, outputs, asked, sums + row * kGroup});
       }
     }
-    for (int64_t r = 0; r < a.rows; ++r)
+    for (int64_t r = 0; r < count; ++r)
       Number::store(sums + r * kGroup, outputs, c.data + (r * c.row_stride + o) * Number::size);
   }
 }
 
 }  // namespace
 
-bool multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& c) {
+bool FewRows::can(int64_t rows, at::ScalarType dtype) {
   static const bool f32 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   static const bool bf16 = f32 && __builtin_cpu_supports("avx512bf16");
-  const bool known = (a.dtype == at::kFloat && f32) || (a.dtype == at::kBFloat16 && bf16);
-  if (!known || a.rows > kMostRows || a.col_stride != 1 || b.row_stride != 1 || c.col_stride != 1) return false;
-  if (a.dtype == at::kFloat)
-    multiply_rows<Float32>(a, b, c);
+  return rows <= kMostRows && ((dtype == at::kFloat && f32) || (dtype == at::kBFloat16 && bf16));
+}
+
+void FewRows::lay_out(const Rows& rows) {
+  count_ = rows.of.rows, dtype_ = rows.of.dtype;
+  bytes_ = rows.of.cols * static_cast<int64_t>(c10::elementSize(dtype_));
+  thread_local std::vector<char> memory;
+  memory.resize((bytes_ + kChunk - 1) / kChunk * count_ * kRowStride + kLine);
+  char* to = memory.data() + (-reinterpret_cast<intptr_t>(memory.data()) & (kLine - 1));
+  rows_ = to;
+  for (int64_t byte = 0; byte < bytes_; byte += kChunk) {
+    const int64_t n = std::min(kChunk, bytes_ - byte), padded = (n + kLine - 1) / kLine * kLine;
+    for (int64_t r = 0; r < count_; ++r, to += kRowStride) {
+      std::memcpy(to, rows.row(r) + byte, n);
+      std::memset(to + n, 0, padded - n);
+    }
+  }
+}
+
+void FewRows::times(const Matrix& b, const Matrix& c) const {
+  if (dtype_ == at::kFloat)
+    multiply<Float32>(rows_, count_, bytes_, b, c);
   else
-    multiply_rows<BFloat16>(a, b, c);
-  return true;
+    multiply<BFloat16>(rows_, count_, bytes_, b, c);
 }
 
 #else
 
-bool multiply_few_rows(const Matrix&, const Matrix&, const Matrix&) { return false; }
+bool FewRows::can(int64_t, at::ScalarType) { return false; }
+void FewRows::lay_out(const Rows&) {}
+void FewRows::times(const Matrix&, const Matrix&) const {}
 
 #endif
 

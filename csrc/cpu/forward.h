@@ -24,6 +24,8 @@ Forward expert_ffn(const at::Tensor& rows, const at::Tensor& counts, const at::T
                    at::TensorList down_bias, c10::string_view activation, int64_t tile_rows, int64_t tile_columns,
                    bool keep, bool zero_unused);
 
+// Of decode, before it runs.
+void check_weights(const at::Tensor& weights, const at::Tensor& dest, at::ScalarType dtype);
 at::Tensor decode(const at::Tensor& rows, const at::Tensor& dest, const at::Tensor& source, const at::Tensor& weights);
 
 }  // namespace tutelx

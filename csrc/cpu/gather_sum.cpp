@@ -95,48 +95,57 @@ TUTELX_SUM_TOKEN(c10::Half)
 #undef TUTELX_SUM_TOKEN
 
 template <class T>
-void run(const at::Tensor& rows, const at::Tensor& dest, const std::optional<at::Tensor>& weights, at::Tensor& out) {
-  const int64_t T_ = dest.size(0), K = dest.size(1), R = rows.size(0), D = rows.size(1);
+void sum_tokens(const at::Tensor& rows, const at::Tensor& dest, const at::Tensor& weights, const at::Tensor& out,
+                int64_t begin, int64_t end) {
+  const int64_t K = dest.size(1), R = rows.size(0), D = rows.size(1);
   const T* in = rows.const_data_ptr<T>();
   const int32_t* to = dest.const_data_ptr<int32_t>();
-  const wide_t<T>* w = weights ? weights->const_data_ptr<wide_t<T>>() : nullptr;
+  const wide_t<T>* w = weights.defined() ? weights.const_data_ptr<wide_t<T>>() : nullptr;
   T* y = out.mutable_data_ptr<T>();
-  const bool stream = streams_rows(T_, D * static_cast<int64_t>(sizeof(T)));
-  parallel_ranges(T_, rows_per_task(D * K * sizeof(T)), [&](int64_t begin, int64_t end) {
-    std::vector<const T*> row(K), next(K);
-    std::vector<wide_t<T>> weight(K), wide(K > kAtOnce ? D : 0);
-    for (int64_t t = begin; t < end; ++t) {
-      int64_t n = 0;
-      for (int64_t k = 0; k < K; ++k) {
-        const int32_t r = to[t * K + k];
-        TORCH_CHECK_VALUE(r < R, "dest[", t, ",", k, "]=", r, " is outside the ", R, " rows");
-        if (r < 0) continue;
-        row[n] = next[n] = in + r * D;
-        weight[n++] = w ? w[t * K + k] : wide_t<T>(1);
-      }
-      for (int64_t k = 0; k < n && t + 1 < end; ++k) {
-        const int32_t r = to[(t + 1) * K + k];
-        if (r >= 0 && r < R) next[k] = in + r * D;
-      }
-      sum_token_simd(row.data(), weight.data(), next.data(), n, wide.data(), y + t * D, D, stream);
+  const bool stream = streams_rows(out.size(0), D * static_cast<int64_t>(sizeof(T)));
+  std::vector<const T*> row(K), next(K);
+  std::vector<wide_t<T>> weight(K), wide(K > kAtOnce ? D : 0);
+  for (int64_t t = begin; t < end; ++t) {
+    int64_t n = 0;
+    for (int64_t k = 0; k < K; ++k) {
+      const int32_t r = to[t * K + k];
+      TORCH_CHECK_VALUE(r < R, "dest[", t, ",", k, "]=", r, " is outside the ", R, " rows");
+      if (r < 0) continue;
+      row[n] = next[n] = in + r * D;
+      weight[n++] = w ? w[t * K + k] : wide_t<T>(1);
     }
-    if (stream) finish_streaming();
-  });
+    for (int64_t k = 0; k < n && t + 1 < end; ++k) {
+      const int32_t r = to[(t + 1) * K + k];
+      if (r >= 0 && r < R) next[k] = in + r * D;
+    }
+    sum_token_simd(row.data(), weight.data(), next.data(), n, wide.data(), y + t * D, D, stream);
+  }
+  if (stream) finish_streaming();
 }
 
 }  // namespace
 
-at::Tensor gather_sum(const at::Tensor& rows, const at::Tensor& dest, const std::optional<at::Tensor>& weights) {
+GatherSum::GatherSum(const at::Tensor& dest, const std::optional<at::Tensor>& weights, int64_t dim,
+                     at::TensorOptions options) {
   check_dim(dest, "dest", 2);
   check_dtype(dest, "dest", at::kInt);
-  const at::Tensor in = rows.contiguous(), to = dest.contiguous();
-  at::Tensor out = buffer({dest.size(0), rows.size(1)}, rows.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, rows.scalar_type(), "gather_sum", [&] {
-    std::optional<at::Tensor> wide;
-    if (weights) wide = weights->to(c10::CppTypeToScalarType<wide_t<scalar_t>>::value).contiguous();
-    run<scalar_t>(in, to, wide, out);
-  });
-  return out;
+  dest_ = dest.contiguous();
+  out_ = buffer({dest.size(0), dim}, options);
+  const auto dtype = out_.scalar_type();
+  if (weights) weights_ = weights->to(dtype == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+}
+
+void GatherSum::tokens(const at::Tensor& rows, int64_t begin, int64_t end) const {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, out_.scalar_type(), "gather_sum",
+                                  [&] { sum_tokens<scalar_t>(rows, dest_, weights_, out_, begin, end); });
+}
+
+at::Tensor gather_sum(const at::Tensor& rows, const at::Tensor& dest, const std::optional<at::Tensor>& weights) {
+  const GatherSum sum(dest, weights, rows.size(1), rows.options());
+  const at::Tensor in = rows.contiguous();
+  parallel_ranges(dest.size(0), rows_per_task(rows.size(1) * dest.size(1) * rows.element_size()),
+                  [&](int64_t begin, int64_t end) { sum.tokens(in, begin, end); });
+  return sum.out();
 }
 
 }  // namespace tutelx

@@ -3,42 +3,40 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUFunctions.h>
 
+#include "few_rows.h"
+#include "matrix.h"
+
 namespace tutelx {
 
-// A view of a matrix with any strides, counted in elements.
-struct Matrix {
-  char* data;
-  int64_t rows, cols, row_stride, col_stride;
-  at::ScalarType dtype;
+// a @ b for several b. Runs on the calling thread when it is inside a parallel region.
+class Products {
+ public:
+  // Rows that slots name must be few, and b a weight whose inputs lie side by side.
+  explicit Products(const Rows& a) : a_(a) {}
 
-  Matrix block(int64_t row, int64_t n_rows, int64_t col, int64_t n_cols) const {
-    const int64_t offset = row * row_stride + col * col_stride;
-    return {
-        data + offset * static_cast<int64_t>(c10::elementSize(dtype)), n_rows, n_cols, row_stride, col_stride, dtype};
+  void into(const Matrix& b, const Matrix& c) {
+    const bool side_by_side = a_.of.col_stride == 1 && b.row_stride == 1 && c.col_stride == 1;
+    if (side_by_side && FewRows::can(a_.of.rows, a_.of.dtype)) {
+      if (!laid_out_) few_.lay_out(a_), laid_out_ = true;
+      few_.times(b, c);
+      return;
+    }
+    TORCH_INTERNAL_ASSERT(!a_.slots);
+    at::Tensor out = c.tensor();
+    at::cpu::mm_out(out, a_.of.tensor(), b.tensor());
   }
-  Matrix transposed() const { return {data, cols, rows, col_stride, row_stride, dtype}; }
-  at::Tensor tensor() const {
-    return at::from_blob(data, {rows, cols}, {row_stride, col_stride}, at::TensorOptions().dtype(dtype));
-  }
+
+ private:
+  Rows a_;
+  FewRows few_;
+  bool laid_out_ = false;
 };
 
-inline Matrix matrix_of(const at::Tensor& t) {
-  return {static_cast<char*>(t.data_ptr()), t.size(0), t.size(1), t.stride(0), t.stride(1), t.scalar_type()};
-}
-
-// c = a @ b where a has few rows, b is a transposed weight [out,in] with its inputs side by side, and the machine has
-// the instructions; elsewhere does nothing and returns false. Each element is one sum in a fixed order: its bits do not
-// depend on the rows and columns beside it.
-bool multiply_few_rows(const Matrix& a, const Matrix& b, const Matrix& c);
-
-// c = a @ b, or c += a @ b. Runs on the calling thread when it is inside a parallel region.
+// c = a @ b, or c += a @ b.
 inline void multiply(const Matrix& a, const Matrix& b, const Matrix& c, bool add = false) {
-  if (!add && multiply_few_rows(a, b, c)) return;
+  if (!add) return Products(Rows{a}).into(b, c);
   at::Tensor out = c.tensor();
-  if (add)
-    at::cpu::addmm_out(out, out, a.tensor(), b.tensor());
-  else
-    at::cpu::mm_out(out, a.tensor(), b.tensor());
+  at::cpu::addmm_out(out, out, a.tensor(), b.tensor());
 }
 
 }  // namespace tutelx

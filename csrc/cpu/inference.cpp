@@ -1,11 +1,17 @@
 // inference: route, encode, expert_ffn and decode in one call, for the few tokens of a decoding step, where each call
-// on its own costs as much as the work between them. What it computes has the bits of the four.
+// on its own costs as much as the work between them. Threads are woken once, and no rows are laid out that a product
+// would lay out again. What it computes has the bits of the four.
 #include <torch/library.h>
 
+#include "../check.h"
+#include "expert_ffn.h"
 #include "forward.h"
+#include "gather_sum.h"
 
 namespace tutelx {
 namespace {
+
+constexpr int64_t kMostSums = 16;  // items that the tokens' sums are cut into
 
 using Step = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -13,11 +19,21 @@ Step inference(const at::Tensor& x, const at::Tensor& expert_ids, const at::Tens
                at::TensorList gate, at::TensorList up, at::TensorList down, at::TensorList gate_bias,
                at::TensorList up_bias, at::TensorList down_bias, c10::string_view activation, int64_t tile_rows,
                int64_t tile_columns) {
+  check_dim(x, "x", 2);
+  check_floating(x, "x");
   const auto [dest, source, counts, offsets] = route(expert_ids, num_experts, std::nullopt, false, std::nullopt);
-  const at::Tensor rows = encode(x, source, dest);
-  const auto [out, unused, unused_too] = expert_ffn(rows, counts, offsets, gate, up, down, gate_bias, up_bias,
-                                                    down_bias, activation, tile_rows, tile_columns, false, true);
-  return {decode(out, dest, source, weights), dest, source, counts, offsets};
+  check_size(x, "x", 0, dest.size(0), "the map's tokens");
+  check_weights(weights, dest, x.scalar_type());
+  const at::Tensor tokens = x.contiguous();
+  const Segments segments(counts, offsets, source.size(0));
+  const FfnWeights experts(gate, up, down, gate_bias, up_bias, down_bias, tokens, num_experts);
+  const GatherSum sum(dest, weights, tokens.size(1), tokens.options());
+  const int64_t T = tokens.size(0), items = std::min(T, kMostSums);
+  const Then then{items,
+                  [&](const at::Tensor& out, int64_t i) { sum.tokens(out, T * i / items, T * (i + 1) / items); }};
+  expert_ffn_of_tokens(tokens, dest, source, segments, experts, parse_activation(activation),
+                       TileSize(tile_rows, tile_columns), then);
+  return {sum.out(), dest, source, counts, offsets};
 }
 
 }  // namespace

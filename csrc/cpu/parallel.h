@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 // One binary, compiled for three instruction sets; the loader picks. Needs ELF ifuncs.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -52,34 +53,49 @@ void parallel_items(int64_t n, const Fn& fn) {
   });
 }
 
+// How much is left of some parts of a task, where items of one wait for all of another.
+class Progress {
+ public:
+  explicit Progress(int64_t parts) : left_(parts) {}
+
+  void expect(int64_t part) { left_[part].fetch_add(1, std::memory_order_relaxed); }
+  void finish(int64_t part) { left_[part].fetch_sub(1, std::memory_order_release); }
+  // False if something failed that would have been part of it.
+  bool wait(int64_t part) const {
+    while (left_[part].load(std::memory_order_acquire) > 0) {
+      if (failed()) return false;
+      std::this_thread::yield();
+    }
+    return true;
+  }
+  void fail() { failed_.store(true); }
+  bool failed() const { return failed_.load(std::memory_order_relaxed); }
+
+ private:
+  std::vector<std::atomic<int64_t>> left_;
+  std::atomic<bool> failed_{false};
+};
+
 constexpr int64_t kWakeBytes = 262144;
 
-// Calls first(i) for every i in [0, n), and after all of them second(j) for every j in [0, m), as parallel_items does;
-// threads are woken once for both, which takes as long as a small product. bytes: that all of them read; a few are read
+// Calls fn(i) once for every i in [0, n), as parallel_items does, but they begin in their order: an item may wait for
+// progress of those before it, which is being made by a thread that runs. bytes: that all of them read; a few are read
 // before a second thread is awake.
-template <class First, class Second>
-void parallel_items_then(int64_t n, const First& first, int64_t m, const Second& second, int64_t bytes) {
-  const int64_t threads = std::min({std::max(n, m), int64_t{at::get_num_threads()}, 1 + bytes / kWakeBytes});
+template <class Fn>
+void parallel_in_order(int64_t n, int64_t bytes, Progress& progress, const Fn& fn) {
+  const int64_t threads = std::min({n, int64_t{at::get_num_threads()}, 1 + bytes / kWakeBytes});
   if (threads <= 1 || at::in_parallel_region()) {
     const OneThreadProducts guard;
-    for (int64_t i = 0; i < n; ++i) first(i);
-    for (int64_t j = 0; j < m; ++j) second(j);
+    for (int64_t i = 0; i < n; ++i) fn(i);
     return;
   }
-  std::atomic<int64_t> next{0}, done{0}, then{0};
-  std::atomic<bool> failed{false};
+  std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const OneThreadProducts guard;
     try {
-      for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) {
-        first(i);
-        done.fetch_add(1, std::memory_order_release);
-      }
-      // What is missing is being computed by a thread that runs, so the wait is short.
-      while (done.load(std::memory_order_acquire) < n && !failed.load()) std::this_thread::yield();
-      for (int64_t j = then.fetch_add(1); j < m && !failed.load(); j = then.fetch_add(1)) second(j);
+      for (int64_t i = next.fetch_add(1); i < n && !progress.failed(); i = next.fetch_add(1)) fn(i);
     } catch (...) {
-      failed.store(true);
+      progress.fail();
       throw;
     }
   });

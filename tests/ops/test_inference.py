@@ -29,6 +29,27 @@ def test_gives_the_bits_of_its_parts(case, gated, dtype):
     assert (map.layout, map.capacity, map.num_experts) == ("ragged", None, case.num_experts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", [512, 1100])
+def test_gives_the_bits_of_its_parts_at_the_sizes_of_a_model(hidden, dtype):
+    """Tokens that crowd one expert, rows of several pages, more slots than experts."""
+    torch.manual_seed(0)
+    x, ids = tensor(64, 1024, dtype=dtype), torch.rand(64, 8).topk(3).indices.int()
+    ids[:40, 2] = -1
+    weights = tensor(64, 3, seed=1)
+    experts = expert_weights(8, 1024, hidden, gated=True, bias=False, listed=True, dtype=dtype, grad=False)
+    y, map = ops.inference(x, ids, weights, experts, num_experts=8)
+    rows = ops.expert_ffn(ops.encode(x, map), map, experts)
+    assert torch.equal(y, ops.decode(rows, map, weights))
+
+
+def test_one_column_and_experts_that_lie_the_other_way():
+    x, ids, weights = tensor(1, 6).T, torch.tensor([[0, 1]] * 6, dtype=torch.int32), tensor(6, 2, seed=1)
+    experts = ops.ExpertWeights(up=(tensor(2, 1, 4).mT,), down=(tensor(2, 4, 1, seed=2).mT,))
+    y, map = ops.inference(x, ids, weights, experts, num_experts=2)
+    assert torch.equal(y, ops.decode(ops.expert_ffn(ops.encode(x, map), map, experts), map, weights))
+
+
 def test_opcheck_and_refusals():
     case = CASES[-1]
     x, ids, weights = tensor(45, 19), expert_ids(case), tensor(45, 2, seed=1)
