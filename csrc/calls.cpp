@@ -50,6 +50,10 @@ PYBIND11_MODULE(_calls, m) {
   define(m, "inference",
          static_cast<Five (*)(const Tensor&, const Tensor&, const Tensor&, int64_t, List, List, List, List, List, List,
                               Text, int64_t, int64_t)>(nullptr));
+  using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+  define(m, "gated_inference",
+         static_cast<Eight (*)(const Tensor&, const Tensor&, int64_t, Text, bool, List, List, List, List, List, List,
+                               Text, int64_t, int64_t)>(nullptr));
   define(m, "route",
          static_cast<Four (*)(const Tensor&, int64_t, std::optional<int64_t>, bool, const OptionalTensor&)>(nullptr));
   define(m, "encode", static_cast<Tensor (*)(const Tensor&, const Tensor&, const Tensor&)>(nullptr));

@@ -63,6 +63,12 @@ TORCH_LIBRARY(tutelx, m) {
       "inference(Tensor x, Tensor expert_ids, Tensor weights, int num_experts, Tensor[] gate, Tensor[] up, "
       "Tensor[] down, Tensor[] gate_bias, Tensor[] up_bias, Tensor[] down_bias, str activation, int tile_rows, "
       "int tile_columns) -> (Tensor y, Tensor dest, Tensor source, Tensor counts, Tensor offsets)");
+  // The same after linear(x, router [E,D]) and gate, whose results come with it.
+  m.def(
+      "gated_inference(Tensor x, Tensor router, int k, str score, bool renormalize, Tensor[] gate, Tensor[] up, "
+      "Tensor[] down, Tensor[] gate_bias, Tensor[] up_bias, Tensor[] down_bias, str activation, int tile_rows, "
+      "int tile_columns) -> (Tensor y, Tensor dest, Tensor source, Tensor counts, Tensor offsets, Tensor logits, "
+      "Tensor expert_ids, Tensor weights)");
 
   // rows [R,I] through each expert's own matrix: rows @ weight[e]^T + bias[e] -> [R,O]. Weights, rows and tiles as
   // above.

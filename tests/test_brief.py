@@ -10,22 +10,24 @@ from tests.cases import tensor
 from tests.tolerance import assert_close
 from tutelx import Capacity, MoE, Plan, monitor, ops
 from tutelx.errors import InvalidTypeError, InvalidValueError
-from tutelx.gates import TopK
+from tutelx.gates import Switch, TopK, TopKGate
 from tutelx.planner import FixedPlanner, RulePlanner
 from tutelx.scheduler import Scheduler, default_planner
 
 
-@pytest.fixture
-def brief(monkeypatch):
+@pytest.fixture(params=["with the gate", "after the gate"])
+def brief(request, monkeypatch):
     """Counts the calls that ran as one operator."""
     calls = []
+    whole = request.param == "with the gate"
 
-    def counted(*args, **named):
-        calls.append(args)
-        return inference(*args, **named)
+    def count(name):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, **named: calls.append(name) or op(*args, **named))
 
-    inference = ops.inference
-    monkeypatch.setattr(ops, "inference", counted)
+    count("gated_inference" if whole else "inference")
+    if not whole:
+        monkeypatch.setattr(TopKGate, "router", lambda gate: None)
     return calls
 
 
@@ -132,6 +134,43 @@ def test_changes_after_the_first_call_are_seen(brief, tmp_path):
     assert runs(layer, x.bfloat16(), brief) == 2
     layer.experts.up_proj.zero_()
     assert layer(x.bfloat16()).abs().max() == 0
+
+
+@pytest.mark.parametrize("config", [TopK(k=3, normalize=False), TopK(k=2, score="sigmoid")], ids=str)
+@torch.no_grad()
+def test_every_setting_of_the_gate(config, brief):
+    layer, x = make(gate=config), tensor(5, 16)
+    y, stats = layer(x), layer.stats
+    assert torch.equal(layer(x), y)
+    assert torch.equal(layer.stats.tokens_per_expert, stats.tokens_per_expert)
+    assert len(brief) == 1
+
+
+@torch.no_grad()
+def test_a_gate_that_does_more_is_called():
+    class Noted(TopKGate):
+        def forward(self, *args, **named):
+            calls.append(self)
+            return super().forward(*args, **named)
+
+    def hook(gate, *_):
+        calls.append(gate)
+
+    calls: list = []
+    x = tensor(3, 16)
+    hooked, trained = make(), make()
+    hooked.gate.register_forward_hook(hook)
+    trained.gate.train()
+    trained.gate.register_forward_pre_hook(hook)
+    for layer in (make(gate=Noted(TopK(), 16, 8)), hooked, trained):
+        before = len(calls)
+        for _ in range(3):
+            layer(x)
+        assert len(calls) == before + 3
+    for config in (Switch(), TopK(fp32_router=True)):
+        layer = make(gate=config)
+        assert torch.equal(layer(x), layer(x))
+        assert layer.gate.router() is None if hasattr(layer.gate, "router") else True
 
 
 @torch.no_grad()

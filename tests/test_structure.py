@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "tutelx"
 # Rooms from the ground up; rooms on one floor never import each other.
 FLOORS = [
     {"errors", "machine"},
-    {"types", "env", "draws"},
+    {"types", "env", "draws", "hooks"},
     {"ops"},
     {"comm"},
     {"gates", "experts", "stats", "planner", "stopwatch", "testing"},

@@ -115,13 +115,16 @@ class MoEBase(nn.Module):
                 last=self._last.decision,
             )
             capacity = chosen.capacity
-            routing = whole = gate(x_TM, chosen.top_k, capacity=capacity, prioritized=self.batch_prioritized)
-            if self._may_be_brief(chosen):
-                brief = self._brief.run(x_TM, routing, experts, capacity, self.planner)
-                if brief is not None:
-                    y_TM, map, decision = brief
-                    self._ended(routing, decision, RoutingStats(map, routing))
-                    return _shaped(y_TM, x)
+            may_be_brief, brief = self._may_be_brief(chosen), None
+            if may_be_brief:
+                brief = self._brief.gate_and_run(x_TM, gate, experts, chosen.top_k, capacity, self.planner)
+            if brief is None:
+                routing = whole = gate(x_TM, chosen.top_k, capacity=capacity, prioritized=self.batch_prioritized)
+                if may_be_brief:
+                    brief = self._brief.run(x_TM, routing, experts, capacity, self.planner)
+            if brief is not None:
+                self._ended(brief.routing, brief.decision, RoutingStats(brief.map, brief.routing))
+                return _shaped(brief.y, x)
             if torch.is_autocast_enabled(x.device.type):
                 x_TM = x_TM.to(torch.get_autocast_dtype(x.device.type))
             if self.tensor_parallel is not None:
@@ -158,7 +161,7 @@ class MoEBase(nn.Module):
             stats=stats,
             plans=self.ranks is None,
         )
-        if self._may_be_brief(chosen):
+        if may_be_brief:
             self._brief.keep(x_TM, routing, capacity, self.planner, step.decision)
         return _shaped(y_TM, x)
 

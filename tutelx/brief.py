@@ -7,17 +7,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 
 from tutelx import ops
 from tutelx.experts import Experts
+from tutelx.experts.base import Network
+from tutelx.gates import Gate, TopKGate
 from tutelx.ops._checks import wants_gradient
 from tutelx.ops.few_tokens import are_few
 from tutelx.stopwatch import are_timed
 from tutelx.types import Capacity, Decision, DispatchMap, Planner, Routing
 
 _Key = tuple[int, int, torch.dtype, int, bool]
+
+
+class BriefCall(NamedTuple):
+    """y [T, M], and how it came about."""
+
+    y: torch.Tensor
+    routing: Routing
+    map: DispatchMap
+    decision: Decision
 
 
 class BriefCalls:
@@ -33,17 +45,46 @@ class BriefCalls:
     def __reduce__(self) -> tuple:
         return BriefCalls, ()
 
+    def gate_and_run(
+        self,
+        x: torch.Tensor,
+        gate: Gate,
+        experts: Experts,
+        top_k: int | None,
+        capacity: Capacity,
+        planner: Planner,
+    ) -> BriefCall | None:
+        """None if the call is not of this kind, the first with so many tokens, or the gate does more than a router."""
+        router = gate.router() if isinstance(gate, TopKGate) else None
+        if router is None or planner is not self._planner or not _is_brief(x, router.weight, capacity):
+            return None
+        known = self._known(x, router.top_k if top_k is None else top_k, experts)
+        if known is None or router.weight.dtype != x.dtype:
+            return None
+        decision, network = known
+        y, map, logits, expert_ids, weights = ops.gated_inference(
+            x,
+            router.weight,
+            network.weights,
+            top_k=decision.workload.top_k,
+            score=router.score,
+            normalize=router.normalize,
+            activation=network.activation,
+            tile_rows=decision.plan.tile_rows,
+            tile_columns=decision.plan.tile_columns,
+        )
+        return BriefCall(y, Routing(expert_ids=expert_ids, weights=weights, logits=logits), map, decision)
+
     def run(
         self, x: torch.Tensor, routing: Routing, experts: Experts, capacity: Capacity, planner: Planner
-    ) -> tuple[torch.Tensor, DispatchMap, Decision] | None:
-        """y [T, M] and how it came about; None if the call is not of this kind, or the first with so many tokens."""
-        if planner is not self._planner or not _is_brief(x, routing, capacity):
+    ) -> BriefCall | None:
+        """The same after the gate."""
+        if planner is not self._planner or not _is_brief(x, routing.weights, capacity) or not _is_plain(routing):
             return None
-        decision = self._decisions.get(_key(x, routing))
-        network = None if decision is None else experts.network()
-        if decision is None or network is None or not _fits(network.weights, x):
+        known = self._known(x, routing.expert_ids.shape[1], experts)
+        if known is None:
             return None
-        plan = decision.plan
+        decision, network = known
         y, map = ops.inference(
             x,
             routing.expert_ids,
@@ -51,36 +92,46 @@ class BriefCalls:
             network.weights,
             num_experts=decision.workload.num_experts,
             activation=network.activation,
-            tile_rows=plan.tile_rows,
-            tile_columns=plan.tile_columns,
+            tile_rows=decision.plan.tile_rows,
+            tile_columns=decision.plan.tile_columns,
         )
-        return y, map, decision
+        return BriefCall(y, routing, map, decision)
 
     def keep(self, x: torch.Tensor, routing: Routing, capacity: Capacity, planner: Planner, decision: Decision) -> None:
         """After an ordinary call: the next ones with as many tokens may be brief, if its plan is what those run."""
-        if not getattr(planner, "steady", False) or not _is_brief(x, routing, capacity):
+        brief = _is_brief(x, routing.weights, capacity) and _is_plain(routing)
+        if not brief or not getattr(planner, "steady", False):
             return
         if planner is not self._planner:
             self._planner, self._decisions = planner, {}
         if (decision.plan.layout, decision.plan.expert_kernel) == ("ragged", "tiled"):
             reason = f"{decision.reason}; asked once for {x.shape[0]} tokens without a gradient"
-            self._decisions[_key(x, routing)] = replace(decision, reason=reason)
+            self._decisions[_key(x, routing.expert_ids.shape[1])] = replace(decision, reason=reason)
+
+    def _known(self, x: torch.Tensor, top_k: int, experts: Experts) -> tuple[Decision, Network] | None:
+        decision = self._decisions.get(_key(x, top_k))
+        network = None if decision is None else experts.network()
+        if decision is None or network is None or not _fits(network.weights, x):
+            return None
+        return decision, network
 
 
-def _is_brief(x: torch.Tensor, routing: Routing, capacity: Capacity) -> bool:
+def _is_brief(x: torch.Tensor, weight: torch.Tensor, capacity: Capacity) -> bool:
     return (
-        are_few(x, routing.weights)
+        are_few(x, weight)
         and capacity.mode == "dropless"
-        and routing.capacity is None
-        and routing.expert_ids.dtype == torch.int32
         and not are_timed()
         and not torch.autograd._profiler_enabled()
     )
+
+
+def _is_plain(routing: Routing) -> bool:
+    return routing.capacity is None and routing.expert_ids.dtype == torch.int32
 
 
 def _fits(weights: ops.ExpertWeights, x: torch.Tensor) -> bool:
     return weights.up[0].dtype == x.dtype and not wants_gradient(*chain.from_iterable(weights.lists()))
 
 
-def _key(x: torch.Tensor, routing: Routing) -> _Key:
-    return x.shape[0], routing.expert_ids.shape[1], x.dtype, torch.get_num_threads(), torch.is_grad_enabled()
+def _key(x: torch.Tensor, top_k: int) -> _Key:
+    return x.shape[0], top_k, x.dtype, torch.get_num_threads(), torch.is_grad_enabled()

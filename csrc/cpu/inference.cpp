@@ -1,6 +1,6 @@
 // inference: route, encode, expert_ffn and decode in one call, for the few tokens of a decoding step, where each call
 // on its own costs as much as the work between them. Threads are woken once, and no rows are laid out that a product
-// would lay out again. What it computes has the bits of the four.
+// would lay out again. gated_inference: linear and gate before them too. What they compute has the bits of their parts.
 #include <torch/library.h>
 
 #include "../check.h"
@@ -36,7 +36,25 @@ Step inference(const at::Tensor& x, const at::Tensor& expert_ids, const at::Tens
   return {sum.out(), dest, source, counts, offsets};
 }
 
+using GatedStep =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+GatedStep gated_inference(const at::Tensor& x, const at::Tensor& router, int64_t k, c10::string_view score,
+                          bool renormalize, at::TensorList gate_weights, at::TensorList up, at::TensorList down,
+                          at::TensorList gate_bias, at::TensorList up_bias, at::TensorList down_bias,
+                          c10::string_view activation, int64_t tile_rows, int64_t tile_columns) {
+  const at::Tensor logits = tutelx::linear(x, router);
+  const auto [ids, weights, score_sum, logsumexp] = tutelx::gate(logits, k, score, renormalize);
+  const auto [y, dest, source, counts, offsets] =
+      inference(x, ids, weights, router.size(0), gate_weights, up, down, gate_bias, up_bias, down_bias, activation,
+                tile_rows, tile_columns);
+  return {y, dest, source, counts, offsets, logits, ids, weights};
+}
+
 }  // namespace
 }  // namespace tutelx
 
-TORCH_LIBRARY_IMPL(tutelx, CPU, m) { m.impl("inference", &tutelx::inference); }
+TORCH_LIBRARY_IMPL(tutelx, CPU, m) {
+  m.impl("inference", &tutelx::inference);
+  m.impl("gated_inference", &tutelx::gated_inference);
+}

@@ -43,6 +43,40 @@ def test_gives_the_bits_of_its_parts_at_the_sizes_of_a_model(hidden, dtype):
     assert torch.equal(y, ops.decode(rows, map, weights))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("settings", [{}, {"normalize": False}, {"score": "sigmoid"}], ids=str)
+def test_with_the_gate_before_it(settings, dtype):
+    x, router = tensor(9, 20, dtype=dtype), tensor(6, 20, dtype=dtype, seed=1)
+    experts = expert_weights(6, 20, 11, gated=True, bias=True, listed=False, dtype=dtype, grad=False)
+    found = ops.gated_inference(x, router, experts, top_k=3, activation="relu", **settings)
+    logits = torch.ops.tutelx.linear(x, router)
+    chosen = ops.gate(logits, 3, **settings)
+    y, map = ops.inference(x, chosen.expert_ids, chosen.weights, experts, num_experts=6, activation="relu")
+    assert torch.equal(found.y, y)
+    assert torch.equal(found.logits, logits)
+    assert torch.equal(found.expert_ids, chosen.expert_ids)
+    assert torch.equal(found.weights, chosen.weights)
+    assert torch.equal(found.map.dest, map.dest)
+    assert (found.map.num_experts, found.map.layout) == (6, "ragged")
+
+
+def test_gated_refusals_and_opcheck():
+    x, router = tensor(9, 20), tensor(6, 20, seed=1)
+    experts = expert_weights(6, 20, 11, gated=False, bias=False, listed=True, dtype=torch.float32, grad=False)
+    given = (x, router, 2, "softmax", True, *experts.lists(), "silu", 64, 64)
+    torch.library.opcheck(torch.ops.tutelx.gated_inference.default, given)
+    with pytest.raises(InvalidValueError, match="router"):
+        ops.gated_inference(x, router.clone().requires_grad_(), experts, top_k=2)
+    with pytest.raises(ValueError, match="top_k=7"):
+        ops.gated_inference(x, router, experts, top_k=7)
+    with pytest.raises(TypeError, match="weight is BFloat16"):
+        ops.gated_inference(x, router.bfloat16(), experts, top_k=2)
+    with pytest.raises(ValueError, match="6 experts, the map has 5"):
+        ops.gated_inference(x, router[:5], experts, top_k=2)
+    with pytest.raises(ValueError, match="not a number"):
+        ops.gated_inference(x * float("nan"), router, experts, top_k=2)
+
+
 def test_one_column_and_experts_that_lie_the_other_way():
     x, ids, weights = tensor(1, 6).T, torch.tensor([[0, 1]] * 6, dtype=torch.int32), tensor(6, 2, seed=1)
     experts = ops.ExpertWeights(up=(tensor(2, 1, 4).mT,), down=(tensor(2, 4, 1, seed=2).mT,))

@@ -57,15 +57,3 @@ class Experts(nn.Module):
     def describe(self) -> str:
         """What must be equal on all ranks, in at most 24 letters."""
         return type(self).__name__[:24]
-
-
-def intercepted(module: nn.Module) -> bool:
-    """Calling the module does more than its class says."""
-    state = module.__dict__
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from tutelx import ops
-from tutelx.experts.base import Experts, Network, intercepted
+from tutelx.experts.base import Experts, Network
 from tutelx.experts.network import run_network
+from tutelx.hooks import intercepted
 from tutelx.ops.activation import Activation, check_activation
 from tutelx.ops.expert_products import groupable
 from tutelx.types import DispatchMap, ExpertKernel, Plan

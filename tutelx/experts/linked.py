@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from tutelx import ops
-from tutelx.experts.base import Network, intercepted
+from tutelx.experts.base import Network
 from tutelx.experts.custom import call_each
 from tutelx.experts.network import run_network
+from tutelx.hooks import intercepted
 from tutelx.ops.activation import Activation
 from tutelx.ops.expert_products import groupable
 from tutelx.ops.packing import pack

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -27,6 +27,15 @@ class Gate(Protocol):
     def __call__(
         self, x: torch.Tensor, top_k: int | None = None, *, capacity: Capacity, prioritized: bool
     ) -> Routing: ...
+
+
+class Router(NamedTuple):
+    """A gate that is no more than `ops.linear` with weight [E, M] and `ops.gate`."""
+
+    weight: torch.Tensor
+    top_k: int
+    score: Score
+    normalize: bool
 
 
 class GateConfig(Protocol):

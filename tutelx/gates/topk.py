@@ -8,7 +8,16 @@ import torch
 
 from tutelx import ops
 from tutelx.errors import InvalidValueError
-from tutelx.gates.base import LinearGate, balance_and_z, check_at_most, check_coefficients, check_ints, top_score
+from tutelx.gates.base import (
+    LinearGate,
+    Router,
+    balance_and_z,
+    check_at_most,
+    check_coefficients,
+    check_ints,
+    top_score,
+)
+from tutelx.hooks import intercepted
 from tutelx.ops.gate import Score
 from tutelx.types import Capacity, Routing
 
@@ -77,3 +86,9 @@ class TopKGate(LinearGate):
     ) -> Routing:
         """x [T, M] -> Routing."""
         return self.config.route(self.logits(x), top_k, prioritized=prioritized)
+
+    def router(self) -> Router | None:
+        """Where calling this module without a gradient does no more than that; else None."""
+        config = self.config
+        plain = type(self) is TopKGate and not (self.training or self.fp32 or intercepted(self))
+        return Router(self.weight, config.k, config.score, config.normalize) if plain else None

@@ -7,13 +7,14 @@ from tutelx.ops.encode import encode
 from tutelx.ops.expert_ffn import ExpertWeights, expert_ffn
 from tutelx.ops.expert_linear import expert_linear
 from tutelx.ops.gate import Gated, gate
-from tutelx.ops.inference import inference
+from tutelx.ops.inference import GatedInference, gated_inference, inference
 from tutelx.ops.linear import linear
 from tutelx.ops.route import route
 
 __all__ = [
     "ExpertWeights",
     "Gated",
+    "GatedInference",
     "activation",
     "clear_empty",
     "decode",
@@ -21,6 +22,7 @@ __all__ = [
     "expert_ffn",
     "expert_linear",
     "gate",
+    "gated_inference",
     "inference",
     "linear",
     "route",

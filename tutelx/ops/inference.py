@@ -1,8 +1,9 @@
-"""inference: from the gate's choices to the layer's result in one operator, where no gradient is wanted."""
+"""From tokens, or from the gate's choices, to the layer's result in one operator, where no gradient is wanted."""
 
 from __future__ import annotations
 
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 
@@ -10,8 +11,19 @@ from tutelx.errors import InvalidValueError
 from tutelx.ops._checks import wants_gradient
 from tutelx.ops._library import calls, kernels
 from tutelx.ops.activation import Activation
-from tutelx.ops.expert_ffn import ExpertWeights
+from tutelx.ops.expert_ffn import ExpertWeights, Tensors
+from tutelx.ops.gate import Score
 from tutelx.types import DispatchMap
+
+
+class GatedInference(NamedTuple):
+    """y [T, M], where the slots went, logits [T, E], expert_ids [T, K] int32, weights [T, K] float32."""
+
+    y: torch.Tensor
+    map: DispatchMap
+    logits: torch.Tensor
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
 
 
 def inference(
@@ -41,22 +53,60 @@ def inference(
     Raises:
         InvalidValueError: a gradient is wanted. ValueError, TypeError: as those four do.
     """
-    if wants_gradient(x, weights, *chain.from_iterable(experts.lists())):
-        raise InvalidValueError("x, weights or experts require a gradient, which inference cannot give")
+    lists = experts.lists()
+    _check_no_gradient("x, weights or experts", x, weights, lists)
     call = kernels.inference if torch.compiler.is_compiling() else calls.inference
-    y, dest, source, counts, offsets = call(
-        x, expert_ids, weights, num_experts, *experts.lists(), activation, tile_rows, tile_columns
+    y, *arrays = call(x, expert_ids, weights, num_experts, *lists, activation, tile_rows, tile_columns)
+    return y, _ragged(*arrays)
+
+
+def gated_inference(
+    x: torch.Tensor,
+    router: torch.Tensor,
+    experts: ExpertWeights,
+    *,
+    top_k: int,
+    score: Score = "softmax",
+    normalize: bool = True,
+    activation: Activation = "silu",
+    tile_rows: int = 512,
+    tile_columns: int = 512,
+) -> GatedInference:
+    """:func:`inference` after `linear` and `gate`: the same bits as all of them one after the other.
+
+    Args:
+        x: [T, M].
+        router: [E, M], the dtype of x.
+        top_k, score, normalize: as for :func:`tutelx.ops.gate`.
+        experts, activation, tile_rows, tile_columns: as for :func:`tutelx.ops.expert_ffn`.
+
+    Raises:
+        InvalidValueError: a gradient is wanted. ValueError, TypeError: as those do.
+    """
+    lists = experts.lists()
+    _check_no_gradient("x, router or experts", x, router, lists)
+    call = kernels.gated_inference if torch.compiler.is_compiling() else calls.gated_inference
+    y, dest, source, counts, offsets, logits, expert_ids, weights = call(
+        x, router, top_k, score, normalize, *lists, activation, tile_rows, tile_columns
     )
-    map = DispatchMap(
+    return GatedInference(y, _ragged(dest, source, counts, offsets), logits, expert_ids, weights)
+
+
+def _check_no_gradient(names: str, first: torch.Tensor, second: torch.Tensor, lists: tuple[Tensors, ...]) -> None:
+    if wants_gradient(first, second, *chain.from_iterable(lists)):
+        raise InvalidValueError(f"{names} require a gradient, which inference cannot give")
+
+
+def _ragged(dest: torch.Tensor, source: torch.Tensor, counts: torch.Tensor, offsets: torch.Tensor) -> DispatchMap:
+    return DispatchMap(
         dest=dest,
         source=source,
         counts=counts,
         offsets=offsets,
-        num_experts=num_experts,
+        num_experts=counts.shape[0],
         layout="ragged",
         capacity=None,
     )
-    return y, map
 
 
 @torch.library.register_fake("tutelx::inference")
@@ -64,3 +114,15 @@ def _(x, expert_ids, weights, num_experts, *args):
     T, K = expert_ids.shape
     new = expert_ids.new_empty
     return x.new_empty(x.shape), new((T, K)), new((T * K,)), new((num_experts,)), new((num_experts + 1,))
+
+
+@torch.library.register_fake("tutelx::gated_inference")
+def _(x, router, k, *args):
+    T, E = x.shape[0], router.shape[0]
+
+    def new(*shape: int) -> torch.Tensor:
+        return x.new_empty(shape, dtype=torch.int32)
+
+    map = new(T, k), new(T * k), new(E), new(E + 1)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape), *map, x.new_empty((T, E)), new(T, k), x.new_empty((T, k), dtype=wide)

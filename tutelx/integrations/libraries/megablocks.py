@@ -15,8 +15,8 @@ from torch import nn
 
 from tutelx import ops
 from tutelx.errors import InvalidValueError
-from tutelx.experts.base import intercepted
 from tutelx.experts.network import StackedExperts
+from tutelx.hooks import intercepted
 from tutelx.integrations.formula import find_activation
 from tutelx.integrations.libraries.replacement import LibraryMoE
 from tutelx.integrations.libraries.structure import check_containers, child, tokens

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from tutelx import ops
 from tutelx.experts import ListedExperts
-from tutelx.experts.base import intercepted
 from tutelx.experts.linked import LinkedExperts
+from tutelx.hooks import intercepted
 from tutelx.integrations.libraries.replacement import LibraryMoE, routing_of
 from tutelx.integrations.libraries.structure import batches, check_alone, check_containers, child, formula_of
 from tutelx.integrations.spec import Declined, LibrarySpec
