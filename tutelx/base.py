@@ -5,6 +5,7 @@ Shapes: T tokens, M model dim, E experts, K choices a token, R rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from tutelx import ops
 from tutelx.brief import BriefCalls
-from tutelx.choices import Choices, Choosing
+from tutelx.choices import Choosing
 from tutelx.dispatch import Dispatch, Request, dispatch_here, dispatch_over_ranks
 from tutelx.errors import InvalidTypeError, InvalidValueError
 from tutelx.experts import Experts
@@ -22,7 +23,7 @@ from tutelx.policies import Policies
 from tutelx.scheduler import default_planner
 from tutelx.stats import RoutingStats
 from tutelx.stopwatch import Stopwatch, named
-from tutelx.types import Capacity, Decision, Plan, Planner, Routing
+from tutelx.types import Capacity, Decision, Plan, Planner
 
 if TYPE_CHECKING:
     from tutelx.comm.ranks import Ranks
@@ -35,8 +36,24 @@ class _LastCall:
     def __init__(self) -> None:
         self.aux_loss: torch.Tensor | None = None
         self.decision: Decision | None = None
-        self.stats: RoutingStats | None = None
+        self._stats: RoutingStats | Callable[[], RoutingStats] | None = None
         self.watch: Stopwatch | None = None
+
+    @property
+    def stats(self) -> RoutingStats | None:
+        if callable(self._stats):
+            self._stats = self._stats()
+        return self._stats
+
+    def end(
+        self,
+        decision: Decision,
+        stats: RoutingStats | Callable[[], RoutingStats],
+        aux_losses: Mapping[str, torch.Tensor],
+    ) -> None:
+        """stats: or what makes them, for a call that takes no longer than that."""
+        self.aux_loss = torch.stack(list(aux_losses.values())).sum() if aux_losses else None
+        self.decision, self._stats = decision, stats
 
     def __deepcopy__(self, memo: dict) -> _LastCall:
         return _LastCall()
@@ -99,10 +116,16 @@ class MoEBase(nn.Module):
         capacity: Capacity | None = None,
         plan: Plan | None = None,
     ) -> torch.Tensor:
+        own = self.capacity if self.training or self.eval_capacity is None else self.eval_capacity
+        if capacity is None and plan is None and self._may_be_brief() and self._is_input(x):
+            k = self.top_k if top_k is None else top_k
+            whole_call = self._brief.gate_and_run(_flat(x), gate, experts, k, own, self.planner)
+            if whole_call is not None:
+                self._last.end(whole_call.decision, whole_call.stats, {})
+                return _shaped(whole_call.y, x)
         with self._prepared():
             x = self._check_input(x)
-            tokens_TM = x_TM = x if x.dim() == 2 else x.reshape(-1, self.model_dim)
-            own = self.capacity if self.training or self.eval_capacity is None else self.eval_capacity
+            tokens_TM = x_TM = _flat(x)
             chosen = self._choosing.choose(
                 x_TM,
                 top_k=top_k,
@@ -115,16 +138,13 @@ class MoEBase(nn.Module):
                 last=self._last.decision,
             )
             capacity = chosen.capacity
-            may_be_brief, brief = self._may_be_brief(chosen), None
+            routing = whole = gate(x_TM, chosen.top_k, capacity=capacity, prioritized=self.batch_prioritized)
+            may_be_brief = self._may_be_brief() and chosen.plan is None
             if may_be_brief:
-                brief = self._brief.gate_and_run(x_TM, gate, experts, chosen.top_k, capacity, self.planner)
-            if brief is None:
-                routing = whole = gate(x_TM, chosen.top_k, capacity=capacity, prioritized=self.batch_prioritized)
-                if may_be_brief:
-                    brief = self._brief.run(x_TM, routing, experts, capacity, self.planner)
-            if brief is not None:
-                self._ended(brief.routing, brief.decision, RoutingStats(brief.map, brief.routing))
-                return _shaped(brief.y, x)
+                brief = self._brief.run(x_TM, routing, experts, capacity, self.planner)
+                if brief is not None:
+                    self._last.end(brief.decision, brief.stats, routing.aux_losses)
+                    return _shaped(brief.y, x)
             if torch.is_autocast_enabled(x.device.type):
                 x_TM = x_TM.to(torch.get_autocast_dtype(x.device.type))
             if self.tensor_parallel is not None:
@@ -151,7 +171,7 @@ class MoEBase(nn.Module):
             y_TM = self.tensor_parallel.gather(y_TM, whole.expert_ids.shape[0])
 
         stats = RoutingStats(step.map, routing, agreed=step.agreed, call=step.call)
-        self._ended(whole, step.decision if chosen.decision is None else chosen.decision, stats)
+        self._last.end(step.decision if chosen.decision is None else chosen.decision, stats, whole.aux_losses)
         self._choosing.keep(
             tokens_TM,
             chosen,
@@ -175,27 +195,30 @@ class MoEBase(nn.Module):
             rows_RM = experts.across(ops.encode(x_TM, map), call, plan)
         return ops.decode(rows_RM, map, weights_TK if rows_RM.dtype != torch.float64 else weights_TK.to(rows_RM.dtype))
 
-    def _may_be_brief(self, chosen: Choices) -> bool:
-        return self.ranks is None and self.policies is None and chosen.plan is None and not self.batch_prioritized
-
-    def _ended(self, routing: Routing, decision: Decision, stats: RoutingStats) -> None:
-        aux_losses = routing.aux_losses
-        self._last.aux_loss = torch.stack(list(aux_losses.values())).sum() if aux_losses else None
-        self._last.decision, self._last.stats = decision, stats
+    def _may_be_brief(self) -> bool:
+        return self.ranks is None and self.policies is None and not self.batch_prioritized
 
     def _prepared(self) -> AbstractContextManager[None]:
         """Whatever fails in here is told to the other ranks, which would wait."""
         return nullcontext() if self.ranks is None else self.ranks.announced_failure(next(self.parameters()).device)
 
+    def _is_input(self, x: object) -> bool:
+        return isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[-1] == self.model_dim
+
     def _check_input(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(x, torch.Tensor):
             raise InvalidTypeError(f"x is {type(x).__name__}, expected torch.Tensor")
-        if x.dim() == 0 or x.shape[-1] != self.model_dim:
+        if not self._is_input(x):
             raise InvalidValueError(f"x has shape {tuple(x.shape)}, expected [..., model_dim={self.model_dim}]")
         weight = _first_parameter(self)
         if weight is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise InvalidTypeError(f"x is {x.dtype}, but the layer's weights are {weight.dtype}")
         return x
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """[..., M] -> [T, M]."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _shaped(y_TM: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,9 @@ Such a call costs one read of its experts' weights, and what Python does around 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -17,8 +19,9 @@ from tutelx.experts.base import Network
 from tutelx.gates import Gate, TopKGate
 from tutelx.ops._checks import wants_gradient
 from tutelx.ops.few_tokens import are_few
+from tutelx.stats import RoutingStats
 from tutelx.stopwatch import are_timed
-from tutelx.types import Capacity, Decision, DispatchMap, Planner, Routing
+from tutelx.types import Capacity, Decision, Planner, Routing
 
 _Key = tuple[int, int, torch.dtype, int, bool]
 
@@ -27,9 +30,8 @@ class BriefCall(NamedTuple):
     """y [T, M], and how it came about."""
 
     y: torch.Tensor
-    routing: Routing
-    map: DispatchMap
     decision: Decision
+    stats: Callable[[], RoutingStats]
 
 
 class BriefCalls:
@@ -62,7 +64,7 @@ class BriefCalls:
         if known is None or router.weight.dtype != x.dtype:
             return None
         decision, network = known
-        y, map, logits, expert_ids, weights = ops.gated_inference(
+        found = ops.gated_inference(
             x,
             router.weight,
             network.weights,
@@ -73,7 +75,7 @@ class BriefCalls:
             tile_rows=decision.plan.tile_rows,
             tile_columns=decision.plan.tile_columns,
         )
-        return BriefCall(y, Routing(expert_ids=expert_ids, weights=weights, logits=logits), map, decision)
+        return BriefCall(found.y, decision, lambda: RoutingStats(found.map))
 
     def run(
         self, x: torch.Tensor, routing: Routing, experts: Experts, capacity: Capacity, planner: Planner
@@ -95,7 +97,7 @@ class BriefCalls:
             tile_rows=decision.plan.tile_rows,
             tile_columns=decision.plan.tile_columns,
         )
-        return BriefCall(y, routing, map, decision)
+        return BriefCall(y, decision, partial(RoutingStats, map, routing))
 
     def keep(self, x: torch.Tensor, routing: Routing, capacity: Capacity, planner: Planner, decision: Decision) -> None:
         """After an ordinary call: the next ones with as many tokens may be brief, if its plan is what those run."""
@@ -130,7 +132,9 @@ def _is_plain(routing: Routing) -> bool:
 
 
 def _fits(weights: ops.ExpertWeights, x: torch.Tensor) -> bool:
-    return weights.up[0].dtype == x.dtype and not wants_gradient(*chain.from_iterable(weights.lists()))
+    if weights.up[0].dtype != x.dtype:
+        return False
+    return not (torch.is_grad_enabled() and wants_gradient(*chain.from_iterable(weights.lists())))
 
 
 def _key(x: torch.Tensor, top_k: int) -> _Key:

@@ -17,13 +17,21 @@ from tutelx.types import DispatchMap
 
 
 class GatedInference(NamedTuple):
-    """y [T, M], where the slots went, logits [T, E], expert_ids [T, K] int32, weights [T, K] float32."""
+    """y [T, M], the arrays of `map`, logits [T, E], expert_ids [T, K] int32 and weights [T, K] float32."""
 
     y: torch.Tensor
-    map: DispatchMap
+    dest: torch.Tensor
+    source: torch.Tensor
+    counts: torch.Tensor
+    offsets: torch.Tensor
     logits: torch.Tensor
     expert_ids: torch.Tensor
     weights: torch.Tensor
+
+    @property
+    def map(self) -> DispatchMap:
+        """Where the slots went: ragged."""
+        return _ragged(self.dest, self.source, self.counts, self.offsets)
 
 
 def inference(
@@ -86,10 +94,7 @@ def gated_inference(
     lists = experts.lists()
     _check_no_gradient("x, router or experts", x, router, lists)
     call = kernels.gated_inference if torch.compiler.is_compiling() else calls.gated_inference
-    y, dest, source, counts, offsets, logits, expert_ids, weights = call(
-        x, router, top_k, score, normalize, *lists, activation, tile_rows, tile_columns
-    )
-    return GatedInference(y, _ragged(dest, source, counts, offsets), logits, expert_ids, weights)
+    return GatedInference(*call(x, router, top_k, score, normalize, *lists, activation, tile_rows, tile_columns))
 
 
 def _check_no_gradient(names: str, first: torch.Tensor, second: torch.Tensor, lists: tuple[Tensors, ...]) -> None:
