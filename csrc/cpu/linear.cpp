@@ -11,7 +11,7 @@
 namespace tutelx {
 namespace {
 
-constexpr int64_t kTileRows = 32, kTileOutputs = 16;
+constexpr int64_t kTileRows = 64, kTileOutputs = 16;
 constexpr int64_t kWakeProducts = int64_t{1} << 21;  // a second thread takes longer to wake than fewer take
 
 }  // namespace
