@@ -33,7 +33,15 @@ Forward run(const Rows& x, const Segments& segments, const FfnWeights& w, Act ac
   const Matrix y = matrix_of(out);
 
   const std::vector<Tile> inner = cut(segments, H, size), outer = cut(segments, M, size);
-  const auto into_hidden = [&](const Tile& t) {
+  // Tiles are handed out in turns: where the weights begin that this thread will probably want after tile i.
+  const int64_t threads = at::get_num_threads();
+  const auto later = [&](const std::vector<Tile>& tiles, int64_t i, const ExpertParameter& weight) -> const char* {
+    if (i + threads >= static_cast<int64_t>(tiles.size())) return nullptr;
+    const Tile& t = tiles[i + threads];
+    return weight.matrix(t.expert).block(t.col, t.cols, 0, weight.size(1)).data;
+  };
+  const auto into_hidden = [&](int64_t i) {
+    const Tile& t = inner[i];
     // Where the pre-activations go: kept for the backward, or forgotten with the tile.
     const std::unique_ptr<T[]> scratch(keep ? nullptr : new T[t.rows * t.cols * (w.gate ? 2 : 1)]);
     const auto place = [&](const at::Tensor& kept, int64_t nth) -> Matrix {
@@ -41,22 +49,29 @@ Forward run(const Rows& x, const Segments& segments, const FfnWeights& w, Act ac
       return {reinterpret_cast<char*>(scratch.get() + nth * t.rows * t.cols), t.rows, t.cols, t.cols, 1, x.of.dtype};
     };
     Products products(x.some(t.row, t.rows));
-    const auto project = [&](const ExpertParameter& weight, const ExpertParameter& bias, const Matrix& to) {
-      products.into(weight.matrix(t.expert).block(t.col, t.cols, 0, M).transposed(), to);
+    const auto columns = [&](const ExpertParameter& weight) {
+      return weight.matrix(t.expert).block(t.col, t.cols, 0, M);
+    };
+    const auto project = [&](const ExpertParameter& weight, const ExpertParameter& bias, const Matrix& to,
+                             const char* after) {
+      products.into(columns(weight).transposed(), to, after);
       add_bias<T>(to, bias ? bias.vector<T>(t.expert) + t.col : nullptr);
     };
     const Matrix u = place(up_pre, 0);
-    project(w.up, w.up_bias, u);
+    const char* const next = later(inner, i, w.up);
+    project(w.up, w.up_bias, u, w.gate ? columns(w.gate).data : next);
     const Matrix g = w.gate ? place(gate_pre, 1) : u;
-    if (w.gate) project(w.gate, w.gate_bias, g);
+    if (w.gate) project(w.gate, w.gate_bias, g, next);
     for (int64_t r = 0; r < t.rows; ++r)
       activate<T>(act, reinterpret_cast<T*>(g.data) + r * g.row_stride,
                   w.gate ? reinterpret_cast<T*>(u.data) + r * u.row_stride : nullptr,
                   hidden.mutable_data_ptr<T>() + (t.row + r) * H + t.col, t.cols);
   };
-  const auto out_of_hidden = [&](const Tile& t) {
+  const auto out_of_hidden = [&](int64_t i) {
+    const Tile& t = outer[i];
     const Matrix to = y.block(t.row, t.rows, t.col, t.cols);
-    Products(a.some(t.row, t.rows)).into(w.down.matrix(t.expert).block(t.col, t.cols, 0, H).transposed(), to);
+    Products(a.some(t.row, t.rows))
+        .into(w.down.matrix(t.expert).block(t.col, t.cols, 0, H).transposed(), to, later(outer, i, w.down));
     add_bias<T>(to, w.down_bias ? w.down_bias.vector<T>(t.expert) + t.col : nullptr);
   };
 
@@ -69,11 +84,11 @@ Forward run(const Rows& x, const Segments& segments, const FfnWeights& w, Act ac
   const int64_t n = inner.size(), m = outer.size();
   parallel_in_order(n + m + then.items, numbers * sizeof(T), progress, [&](int64_t i) {
     if (i < n) {
-      into_hidden(inner[i]);
+      into_hidden(i);
       progress.finish(inner[i].expert);
     } else if (i < n + m) {
       if (!progress.wait(outer[i - n].expert)) return;
-      out_of_hidden(outer[i - n]);
+      out_of_hidden(i - n);
       progress.finish(E);
     } else if (progress.wait(E)) {
       then.item(out, i - n - m);

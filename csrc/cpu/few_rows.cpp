@@ -179,7 +179,7 @@ Way way_of(int64_t rows, int64_t bytes) {
 }
 
 template <class Number>
-void multiply(const char* rows, int64_t count, int64_t bytes, const Matrix& b, const Matrix& c) {
+void multiply(const char* rows, int64_t count, int64_t bytes, const Matrix& b, const Matrix& c, const char* after) {
   const Way way = way_of<Number>(count, bytes);
   const int64_t chunk_bytes = count * kRowStride, stride = b.col_stride * Number::size;
   const int64_t blocks = (count + way.rows - 1) / way.rows;
@@ -191,7 +191,8 @@ void multiply(const char* rows, int64_t count, int64_t bytes, const Matrix& b, c
     for (int64_t byte = 0; byte < bytes; byte += way.span) {
       const int64_t n = std::min(way.span, bytes - byte);
       const bool last = byte + n == bytes;
-      const char* const next = !last ? weights + byte + n : o + outputs < b.cols ? weights + outputs * stride : weights;
+      const char* next = weights + byte + n;
+      if (last) next = o + outputs < b.cols ? weights + outputs * stride : after ? after : weights;
       const int64_t further = std::clamp(way.ahead / n, int64_t{2}, kGroup);
       for (int64_t i = 0, row = 0, several; i < blocks; ++i, row += several) {
         several = (count - row + blocks - i - 1) / (blocks - i);
@@ -231,18 +232,18 @@ void FewRows::lay_out(const Rows& rows) {
   }
 }
 
-void FewRows::times(const Matrix& b, const Matrix& c) const {
+void FewRows::times(const Matrix& b, const Matrix& c, const char* after) const {
   if (dtype_ == at::kFloat)
-    multiply<Float32>(rows_, count_, bytes_, b, c);
+    multiply<Float32>(rows_, count_, bytes_, b, c, after);
   else
-    multiply<BFloat16>(rows_, count_, bytes_, b, c);
+    multiply<BFloat16>(rows_, count_, bytes_, b, c, after);
 }
 
 #else
 
 bool FewRows::can(int64_t, at::ScalarType) { return false; }
 void FewRows::lay_out(const Rows&) {}
-void FewRows::times(const Matrix&, const Matrix&) const {}
+void FewRows::times(const Matrix&, const Matrix&, const char*) const {}
 
 #endif
 

@@ -12,8 +12,9 @@ class FewRows {
   static bool can(int64_t rows, at::ScalarType dtype);
   // Copies rows, each with its columns side by side, to where the products want them.
   void lay_out(const Rows& rows);
-  // c = rows @ b, where b is a transposed weight [out,in] with its inputs side by side, as the outputs of c are.
-  void times(const Matrix& b, const Matrix& c) const;
+  // c = rows @ b, where b is a transposed weight [out,in] with its inputs side by side, as the outputs of c are. after:
+  // the weight that this thread will probably want next, laid out as b is, or null: its beginning is asked for.
+  void times(const Matrix& b, const Matrix& c, const char* after) const;
 
  private:
   const char* rows_ = nullptr;  // [chunk][row], in the thread's own memory

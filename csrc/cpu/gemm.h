@@ -14,11 +14,12 @@ class Products {
   // Rows that slots name must be few, and b a weight whose inputs lie side by side.
   explicit Products(const Rows& a) : a_(a) {}
 
-  void into(const Matrix& b, const Matrix& c) {
+  // c = a @ b. after: as for FewRows.
+  void into(const Matrix& b, const Matrix& c, const char* after = nullptr) {
     const bool side_by_side = a_.of.col_stride == 1 && b.row_stride == 1 && c.col_stride == 1;
     if (side_by_side && FewRows::can(a_.of.rows, a_.of.dtype)) {
       if (!laid_out_) few_.lay_out(a_), laid_out_ = true;
-      few_.times(b, c);
+      few_.times(b, c, after);
       return;
     }
     TORCH_INTERNAL_ASSERT(!a_.slots);
