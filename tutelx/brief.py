@@ -57,8 +57,10 @@ class BriefCalls:
         planner: Planner,
     ) -> BriefCall | None:
         """None if the call is not of this kind, the first with so many tokens, or the gate does more than a router."""
-        router = gate.router() if isinstance(gate, TopKGate) else None
-        if router is None or planner is not self._planner or not _is_brief(x, router.weight, capacity):
+        if planner is not self._planner or not isinstance(gate, TopKGate):
+            return None
+        router = gate.router()
+        if router is None or not _is_brief(x, router.weight, capacity):
             return None
         known = self._known(x, router.top_k if top_k is None else top_k, experts)
         if known is None or router.weight.dtype != x.dtype:

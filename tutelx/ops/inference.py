@@ -12,7 +12,7 @@ from tutelx.ops._checks import wants_gradient
 from tutelx.ops._library import calls, kernels
 from tutelx.ops.activation import Activation
 from tutelx.ops.expert_ffn import ExpertWeights, Tensors
-from tutelx.ops.gate import Score
+from tutelx.ops.gate import Score, _wide
 from tutelx.types import DispatchMap
 
 
@@ -129,5 +129,5 @@ def _(x, router, k, *args):
         return x.new_empty(shape, dtype=torch.int32)
 
     map = new(T, k), new(T * k), new(E), new(E + 1)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape), *map, x.new_empty((T, E)), new(T, k), x.new_empty((T, k), dtype=wide)
+    weights = x.new_empty((T, k), dtype=_wide(x.dtype))
+    return x.new_empty(x.shape), *map, x.new_empty((T, E)), new(T, k), weights
