@@ -2,8 +2,9 @@
 //
 // A core reads fastest along one stream, or along several that lie pages apart. So one output is summed at a time;
 // eight where each fills a page; two where rows are so many that one would not keep up. A sum goes over chunks of the
-// inputs, of which the rows stay in the first cache. What comes later is asked for ahead, into the second cache: the
-// hardware does not look past a page, and drops requests while many are under way.
+// inputs, of which the rows stay in the first cache. What comes later is asked for ahead, into the second cache, and
+// always in the order in which it lies in memory, in whichever order it is used: the hardware does not look past a
+// page, drops requests while many are under way, and reads slower out of order.
 
 #include "few_rows.h"
 
@@ -101,10 +102,11 @@ TUTELX_AVX512 TUTELX_INLINE void add_sums(const __m512 (&sum)[R][2], float* sums
   }
 }
 
-// R rows times O outputs over one chunk of `bytes`. The rows are padded with zeros to a line, the weights are not.
+// R rows times O outputs over one chunk of `bytes`, while as many chunks are asked for, ahead_stride apart. The rows
+// are padded with zeros to a line, the weights are not.
 template <class Number, int R, int O>
 TUTELX_AVX512 TUTELX_INLINE void block(const char* rows, const char* weights, int64_t stride, int64_t bytes,
-                                       const char* ahead, float* sums) {
+                                       const char* ahead, int64_t ahead_stride, float* sums) {
   __m512 sum[R][O];
   for (int r = 0; r < R; ++r)
     for (int o = 0; o < O; ++o) sum[r][o] = _mm512_setzero_ps();
@@ -118,7 +120,7 @@ TUTELX_AVX512 TUTELX_INLINE void block(const char* rows, const char* weights, in
   int64_t byte = 0;
   __m512i weight[O];
   for (; byte + kLine <= bytes; byte += kLine) {
-    for (int o = 0; o < O; ++o) __builtin_prefetch(ahead + o * stride + byte, 0, 2);
+    for (int o = 0; o < O; ++o) __builtin_prefetch(ahead + o * ahead_stride + byte, 0, 2);
     for (int o = 0; o < O; ++o) weight[o] = _mm512_loadu_si512(weights + o * stride + byte);
     add(byte, weight);
   }
@@ -130,26 +132,36 @@ TUTELX_AVX512 TUTELX_INLINE void block(const char* rows, const char* weights, in
   add_sums<R>(sum, sums);
 }
 
+// Weights in the order in which they lie, from some output on, in parts of `part` bytes, `parts` to an output.
+struct Stream {
+  const char *weights, *after;  // after: what follows the last output
+  int64_t outputs, stride, part, parts;
+
+  const char* at(int64_t i) const {
+    const int64_t output = parts == 1 ? i : i / parts, byte = (i - output * parts) * part;
+    return (output < outputs ? weights + output * stride : after + (output - outputs) * stride) + byte;
+  }
+};
+
 // Some rows times a group of outputs.
 struct Pass {
-  const char* rows;            // [chunk][row], kRowStride apart
-  int64_t rows_a_chunk;        // bytes
-  const char *weights, *next;  // of the first output, here and in the pass after this one
-  int64_t stride, bytes;       // of an output's weights: between two outputs, and of each
-  int64_t outputs, further;    // how many; how many outputs ahead weights are asked for
+  const char* rows;                // [chunk][row], kRowStride apart
+  int64_t rows_a_chunk, chunk;     // bytes: of all rows' chunk, and of a row's or an output's
+  const char* weights;             // of the first output
+  int64_t stride, bytes, outputs;  // bytes between two outputs' weights, and of an output's
+  const Stream& stream;
+  int64_t ask, asked, passes;  // the outputs of so many passes ask for the parts from `ask` on; `asked` came before
   float* sums;
-
-  const char* ahead(int64_t output) const {
-    const int64_t o = output + further;
-    return o < outputs ? weights + o * stride : next + (o - outputs) * stride;
-  }
 };
 
 template <class Number, int R, int O>
 TUTELX_AVX512 TUTELX_INLINE void chunks(const Pass& p, int64_t output) {
-  const char *weights = p.weights + output * p.stride, *ahead = p.ahead(output), *rows = p.rows;
-  for (int64_t byte = 0; byte < p.bytes; byte += kChunk, rows += p.rows_a_chunk)
-    block<Number, R, O>(rows, weights + byte, p.stride, std::min(kChunk, p.bytes - byte), ahead + byte,
+  const char *weights = p.weights + output * p.stride, *rows = p.rows;
+  const int64_t part = p.ask + (p.passes == 1 ? output : (p.asked + output) / p.passes / O * O);
+  const char* const ahead = p.stream.at(part);
+  const int64_t ahead_stride = O > 1 ? p.stream.at(part + 1) - ahead : 0;
+  for (int64_t byte = 0; byte < p.bytes; byte += p.chunk, rows += p.rows_a_chunk)
+    block<Number, R, O>(rows, weights + byte, p.stride, std::min(p.chunk, p.bytes - byte), ahead + byte, ahead_stride,
                         p.sums + output);
 }
 template <class Number, int R, int O>
@@ -169,37 +181,37 @@ constexpr std::array<PassOf, most> kPasses = passes<Number, O>(std::make_index_s
 // How rows are gone through.
 struct Way {
   const PassOf* passes;
-  int64_t rows, span, ahead;  // the most rows of a pass; bytes of an output's weights in it; bytes to look ahead
+  int64_t rows;       // the most of a pass
+  bool whole;         // whether a pass takes all inputs, or one chunk of them
+  int64_t ahead = 0;  // if it does: how many bytes of weights ahead it asks
 };
 template <class Number>
 Way way_of(int64_t rows, int64_t bytes) {
-  if (rows <= kEights && bytes >= kPage) return {kPasses<Number, 8, kEights>.data(), kEights, bytes, 8 * bytes};
-  if (rows <= kAlone) return {kPasses<Number, 1, kAlone>.data(), kAlone, bytes, 8192};
-  return {kPasses<Number, 2, kPairs>.data(), kPairs, kChunk, 16384};
+  if (rows <= kEights && bytes >= kPage) return {kPasses<Number, 8, kEights>.data(), kEights, true, 8 * bytes};
+  if (rows <= kAlone) return {kPasses<Number, 1, kAlone>.data(), kAlone, true, 8192};
+  return {kPasses<Number, 2, kPairs>.data(), kPairs, false};
 }
 
 template <class Number>
-void multiply(const char* rows, int64_t count, int64_t bytes, const Matrix& b, const Matrix& c, const char* after) {
+void multiply(const char* rows, int64_t count, int64_t bytes, int64_t chunk, const Matrix& b, const Matrix& c,
+              const char* after) {
   const Way way = way_of<Number>(count, bytes);
-  const int64_t chunk_bytes = count * kRowStride, stride = b.col_stride * Number::size;
+  const int64_t rows_a_chunk = count * kRowStride, stride = b.col_stride * Number::size;
+  const int64_t span = way.whole ? std::max(bytes, kLine) : chunk, spans = (bytes + span - 1) / span;
   const int64_t blocks = (count + way.rows - 1) / way.rows;
   float sums[kMostRows * kGroup];
   for (int64_t o = 0; o < b.cols; o += kGroup) {
     const int64_t outputs = std::min(kGroup, b.cols - o);
     const char* const weights = b.data + o * stride;
+    const Stream stream{weights, after ? after : weights, b.cols - o, stride, span, spans};
     std::fill_n(sums, count * kGroup, 0.0f);
-    for (int64_t byte = 0; byte < bytes; byte += way.span) {
-      const int64_t n = std::min(way.span, bytes - byte);
-      const bool last = byte + n == bytes;
-      const char* next = weights + byte + n;
-      if (last) next = o + outputs < b.cols ? weights + outputs * stride : after ? after : weights;
-      const int64_t further = std::clamp(way.ahead / n, int64_t{2}, kGroup);
+    for (int64_t s = 0; s < spans; ++s) {
+      const int64_t ask = way.whole ? std::max(way.ahead / bytes, int64_t{2}) : (spans + s) * outputs;
       for (int64_t i = 0, row = 0, several; i < blocks; ++i, row += several) {
         several = (count - row + blocks - i - 1) / (blocks - i);
-        // The first of several blocks finds its weights in the cache, where the last of the pass before asked for them.
-        const int64_t asked = blocks == 1 ? further : i + 1 == blocks ? outputs : 0;
-        way.passes[several - 1]({rows + byte / kChunk * chunk_bytes + row * kRowStride, chunk_bytes, weights + byte,
-                                 next, stride, n, outputs, asked, sums + row * kGroup});
+        way.passes[several - 1]({rows + s * rows_a_chunk + row * kRowStride, rows_a_chunk, chunk, weights + s * span,
+                                 stride, std::min(span, bytes - s * span), outputs, stream, ask, i * outputs, blocks,
+                                 sums + row * kGroup});
       }
     }
     for (int64_t r = 0; r < count; ++r)
@@ -219,12 +231,14 @@ bool FewRows::can(int64_t rows, at::ScalarType dtype) {
 void FewRows::lay_out(const Rows& rows) {
   count_ = rows.of.rows, dtype_ = rows.of.dtype;
   bytes_ = rows.of.cols * static_cast<int64_t>(c10::elementSize(dtype_));
+  const int64_t chunks = std::max<int64_t>(1, (bytes_ + kChunk - 1) / kChunk);
+  chunk_ = std::max(kLine, ((bytes_ + chunks - 1) / chunks + kLine - 1) / kLine * kLine);
   thread_local std::vector<char> memory;
-  memory.resize((bytes_ + kChunk - 1) / kChunk * count_ * kRowStride + kLine);
+  memory.resize(chunks * count_ * kRowStride + kLine);
   char* to = memory.data() + (-reinterpret_cast<intptr_t>(memory.data()) & (kLine - 1));
   rows_ = to;
-  for (int64_t byte = 0; byte < bytes_; byte += kChunk) {
-    const int64_t n = std::min(kChunk, bytes_ - byte), padded = (n + kLine - 1) / kLine * kLine;
+  for (int64_t byte = 0; byte < bytes_; byte += chunk_) {
+    const int64_t n = std::min(chunk_, bytes_ - byte), padded = (n + kLine - 1) / kLine * kLine;
     for (int64_t r = 0; r < count_; ++r, to += kRowStride) {
       std::memcpy(to, rows.row(r) + byte, n);
       std::memset(to + n, 0, padded - n);
@@ -234,9 +248,9 @@ void FewRows::lay_out(const Rows& rows) {
 
 void FewRows::times(const Matrix& b, const Matrix& c, const char* after) const {
   if (dtype_ == at::kFloat)
-    multiply<Float32>(rows_, count_, bytes_, b, c, after);
+    multiply<Float32>(rows_, count_, bytes_, chunk_, b, c, after);
   else
-    multiply<BFloat16>(rows_, count_, bytes_, b, c, after);
+    multiply<BFloat16>(rows_, count_, bytes_, chunk_, b, c, after);
 }
 
 #else

@@ -18,7 +18,7 @@ class FewRows {
 
  private:
   const char* rows_ = nullptr;  // [chunk][row], in the thread's own memory
-  int64_t count_ = 0, bytes_ = 0;
+  int64_t count_ = 0, bytes_ = 0, chunk_ = 0;
   at::ScalarType dtype_ = at::kFloat;
 };
 
