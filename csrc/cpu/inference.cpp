@@ -6,12 +6,16 @@
 #include "../check.h"
 #include "expert_ffn.h"
 #include "forward.h"
+#include "gate.h"
 #include "gather_sum.h"
+#include "linear.h"
+#include "parallel.h"
 
 namespace tutelx {
 namespace {
 
-constexpr int64_t kMostSums = 16;  // items that the tokens' sums are cut into
+constexpr int64_t kMostSums = 16;     // items that the tokens' sums are cut into
+constexpr int64_t kGatedTokens = 16;  // of an item; fewer tokens of all leave a thread without one
 
 using Step = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -36,6 +40,23 @@ Step inference(const at::Tensor& x, const at::Tensor& expert_ids, const at::Tens
   return {sum.out(), dest, source, counts, offsets};
 }
 
+// linear and gate, without what the losses need, with the same bits.
+std::pair<at::Tensor, TokenGate> choose(const at::Tensor& x, const at::Tensor& router, int64_t k,
+                                        c10::string_view score, bool renormalize) {
+  const TokenLinear product(x, router);
+  const int64_t T = product.tokens(), E = product.outputs();
+  const bool together = T > kGatedTokens && product.bits_are_fixed();
+  if (!together) product.all();
+  TokenGate gate(product.out(), k, score, renormalize, false);
+  const auto some = [&](int64_t i) {
+    const int64_t token = i * kGatedTokens, tokens = std::min(kGatedTokens, T - token);
+    if (together) product.some(token, tokens, 0, E);
+    gate.tokens(token, token + tokens);
+  };
+  parallel_items((T + kGatedTokens - 1) / kGatedTokens, some, product.products() >= kWakeProducts);
+  return {product.out(), gate};
+}
+
 using GatedStep =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -43,12 +64,11 @@ GatedStep gated_inference(const at::Tensor& x, const at::Tensor& router, int64_t
                           bool renormalize, at::TensorList gate_weights, at::TensorList up, at::TensorList down,
                           at::TensorList gate_bias, at::TensorList up_bias, at::TensorList down_bias,
                           c10::string_view activation, int64_t tile_rows, int64_t tile_columns) {
-  const at::Tensor logits = tutelx::linear(x, router);
-  const auto [ids, weights, score_sum, logsumexp] = tutelx::gate(logits, k, score, renormalize);
+  const auto [logits, gate] = choose(x, router, k, score, renormalize);
   const auto [y, dest, source, counts, offsets] =
-      inference(x, ids, weights, router.size(0), gate_weights, up, down, gate_bias, up_bias, down_bias, activation,
-                tile_rows, tile_columns);
-  return {y, dest, source, counts, offsets, logits, ids, weights};
+      inference(x, gate.ids(), gate.weights(), router.size(0), gate_weights, up, down, gate_bias, up_bias, down_bias,
+                activation, tile_rows, tile_columns);
+  return {y, dest, source, counts, offsets, logits, gate.ids(), gate.weights()};
 }
 
 }  // namespace

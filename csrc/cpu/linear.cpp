@@ -1,6 +1,7 @@
 // linear: x [T,I] times weight [O,I], for the few tokens of a decoding step. A library's product wakes its threads and
 // plans for matrices; this one reads the weight once, and its bits do not depend on the tokens beside a token.
-#include <ATen/ATen.h>
+#include "linear.h"
+
 #include <torch/library.h>
 
 #include "../check.h"
@@ -11,34 +12,42 @@
 namespace tutelx {
 namespace {
 
-constexpr int64_t kTileRows = 64, kTileOutputs = 16;
-constexpr int64_t kWakeProducts = int64_t{1} << 21;  // a second thread takes longer to wake than fewer take
+constexpr int64_t kTileTokens = 64, kTileOutputs = 16;
 
 }  // namespace
 
-at::Tensor linear(const at::Tensor& x, const at::Tensor& weight) {
+TokenLinear::TokenLinear(const at::Tensor& x, const at::Tensor& weight) {
   check_dim(x, "x", 2);
   check_dim(weight, "weight", 2);
   check_floating(x, "x");
   check_dtype(weight, "weight", x.scalar_type());
   check_size(x, "x", 1, weight.size(1), "the weight's inputs");
-  const int64_t T = x.size(0), O = weight.size(0), I = x.size(1);
-  const at::Tensor out = at::empty({T, O}, x.options());
-  const Matrix a = matrix_of(x), b = matrix_of(weight), c = matrix_of(out);
-  const int64_t across = (O + kTileOutputs - 1) / kTileOutputs, tiles = (T + kTileRows - 1) / kTileRows * across;
+  out_ = at::empty({x.size(0), weight.size(0)}, x.options());
+  x_ = matrix_of(x), weight_ = matrix_of(weight), to_ = matrix_of(out_);
+}
+
+void TokenLinear::some(int64_t token, int64_t tokens, int64_t output, int64_t outputs) const {
+  multiply(x_.block(token, tokens, 0, x_.cols), weight_.block(output, outputs, 0, x_.cols).transposed(),
+           to_.block(token, tokens, output, outputs));
+}
+
+bool TokenLinear::bits_are_fixed() const {
+  return x_.col_stride == 1 && weight_.col_stride == 1 && FewRows::can(kTileTokens, x_.dtype);
+}
+
+void TokenLinear::all() const {
+  const int64_t T = tokens(), O = outputs(), across = (O + kTileOutputs - 1) / kTileOutputs;
   const auto tile = [&](int64_t i) {
-    const int64_t row = i / across * kTileRows, rows = std::min(kTileRows, T - row);
-    const int64_t output = i % across * kTileOutputs, outputs = std::min(kTileOutputs, O - output);
-    multiply(a.block(row, rows, 0, I), b.block(output, outputs, 0, I).transposed(),
-             c.block(row, rows, output, outputs));
+    const int64_t token = i / across * kTileTokens, output = i % across * kTileOutputs;
+    some(token, std::min(kTileTokens, T - token), output, std::min(kTileOutputs, O - output));
   };
-  if (T * O * I < kWakeProducts) {
-    const OneThreadProducts guard;
-    for (int64_t i = 0; i < tiles; ++i) tile(i);
-  } else {
-    parallel_items(tiles, tile);
-  }
-  return out;
+  parallel_items((T + kTileTokens - 1) / kTileTokens * across, tile, products() >= kWakeProducts);
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight) {
+  const TokenLinear product(x, weight);
+  product.all();
+  return product.out();
 }
 
 }  // namespace tutelx

@@ -36,11 +36,15 @@ class OneThreadProducts {
   int before_;  // 0: follow the global setting
 };
 
+// Fewer bytes are read, and fewer products summed, before a second thread is awake.
+constexpr int64_t kWakeBytes = 262144, kWakeProducts = int64_t{1} << 21;
+
 // Calls fn(i) once for every i in [0, n). Items go to whichever thread is free next, so uneven items balance
-// themselves; what an item computes must not depend on the thread, which keeps the result bit-identical.
+// themselves; what an item computes must not depend on the thread, which keeps the result bit-identical. much: whether
+// the work lasts longer than it takes to wake a thread.
 template <class Fn>
-void parallel_items(int64_t n, const Fn& fn) {
-  const int64_t threads = std::min<int64_t>(n, at::get_num_threads());
+void parallel_items(int64_t n, const Fn& fn, bool much = true) {
+  const int64_t threads = much ? std::min<int64_t>(n, at::get_num_threads()) : 1;
   if (threads <= 1 || at::in_parallel_region()) {
     const OneThreadProducts guard;
     for (int64_t i = 0; i < n; ++i) fn(i);
@@ -76,11 +80,8 @@ class Progress {
   std::atomic<bool> failed_{false};
 };
 
-constexpr int64_t kWakeBytes = 262144;
-
 // Calls fn(i) once for every i in [0, n), as parallel_items does, but they begin in their order: an item may wait for
-// progress of those before it, which is being made by a thread that runs. bytes: that all of them read; a few are read
-// before a second thread is awake.
+// progress of those before it, which is being made by a thread that runs. bytes: that all of them read.
 template <class Fn>
 void parallel_in_order(int64_t n, int64_t bytes, Progress& progress, const Fn& fn) {
   const int64_t threads = std::min({n, int64_t{at::get_num_threads()}, 1 + bytes / kWakeBytes});
