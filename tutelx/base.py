@@ -121,8 +121,9 @@ class MoEBase(nn.Module):
             k = self.top_k if top_k is None else top_k
             whole_call = self._brief.gate_and_run(_flat(x), gate, experts, k, own, self.planner)
             if whole_call is not None:
-                self._last.end(whole_call.decision, whole_call.stats, {})
-                return _shaped(whole_call.y, x)
+                y_TM, decision, make_stats = whole_call
+                self._last.end(decision, make_stats, {})
+                return _shaped(y_TM, x)
         with self._prepared():
             x = self._check_input(x)
             tokens_TM = x_TM = _flat(x)
@@ -143,8 +144,9 @@ class MoEBase(nn.Module):
             if may_be_brief:
                 brief = self._brief.run(x_TM, routing, experts, capacity, self.planner)
                 if brief is not None:
-                    self._last.end(brief.decision, brief.stats, routing.aux_losses)
-                    return _shaped(brief.y, x)
+                    y_TM, decision, make_stats = brief
+                    self._last.end(decision, make_stats, routing.aux_losses)
+                    return _shaped(y_TM, x)
             if torch.is_autocast_enabled(x.device.type):
                 x_TM = x_TM.to(torch.get_autocast_dtype(x.device.type))
             if self.tensor_parallel is not None:

@@ -9,13 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 
 from tutelx import ops
 from tutelx.experts import Experts
-from tutelx.experts.base import Network
 from tutelx.gates import Gate, TopKGate
 from tutelx.ops._checks import wants_gradient
 from tutelx.ops.few_tokens import are_few
@@ -26,12 +24,8 @@ from tutelx.types import Capacity, Decision, Planner, Routing
 _Key = tuple[int, int, torch.dtype, int, bool]
 
 
-class BriefCall(NamedTuple):
-    """y [T, M], and how it came about."""
-
-    y: torch.Tensor
-    decision: Decision
-    stats: Callable[[], RoutingStats]
+# y [T, M], how it came about, and what makes its statistics.
+BriefCall = tuple[torch.Tensor, Decision, Callable[[], RoutingStats]]
 
 
 class BriefCalls:
@@ -57,16 +51,16 @@ class BriefCalls:
         planner: Planner,
     ) -> BriefCall | None:
         """None if the call is not of this kind, the first with so many tokens, or the gate does more than a router."""
-        if planner is not self._planner or not isinstance(gate, TopKGate):
+        if planner is not self._planner or not isinstance(gate, TopKGate) or not _is_quiet(capacity):
             return None
         router = gate.router()
-        if router is None or not _is_brief(x, router.weight, capacity):
+        if router is None:
             return None
-        known = self._known(x, router.top_k if top_k is None else top_k, experts)
-        if known is None or router.weight.dtype != x.dtype:
+        decision = self._decisions.get(_key(x, router.top_k if top_k is None else top_k))
+        network = None if decision is None else experts.network()
+        if decision is None or network is None:
             return None
-        decision, network = known
-        found = ops.gated_inference(
+        found = ops.gated_inference_if_few(
             x,
             router.weight,
             network.weights,
@@ -77,18 +71,20 @@ class BriefCalls:
             tile_rows=decision.plan.tile_rows,
             tile_columns=decision.plan.tile_columns,
         )
-        return BriefCall(found.y, decision, lambda: RoutingStats(found.map))
+        if found is None:
+            return None
+        return found[0], decision, lambda: RoutingStats(ops.GatedInference(*found).map)
 
     def run(
         self, x: torch.Tensor, routing: Routing, experts: Experts, capacity: Capacity, planner: Planner
     ) -> BriefCall | None:
         """The same after the gate."""
-        if planner is not self._planner or not _is_brief(x, routing.weights, capacity) or not _is_plain(routing):
+        if planner is not self._planner or not _is_brief(x, routing, capacity):
             return None
-        known = self._known(x, routing.expert_ids.shape[1], experts)
-        if known is None:
+        decision = self._decisions.get(_key(x, routing.expert_ids.shape[1]))
+        network = None if decision is None else experts.network()
+        if decision is None or network is None or not _fits(network.weights, x):
             return None
-        decision, network = known
         y, map = ops.inference(
             x,
             routing.expert_ids,
@@ -99,12 +95,11 @@ class BriefCalls:
             tile_rows=decision.plan.tile_rows,
             tile_columns=decision.plan.tile_columns,
         )
-        return BriefCall(y, decision, partial(RoutingStats, map, routing))
+        return y, decision, partial(RoutingStats, map, routing)
 
     def keep(self, x: torch.Tensor, routing: Routing, capacity: Capacity, planner: Planner, decision: Decision) -> None:
         """After an ordinary call: the next ones with as many tokens may be brief, if its plan is what those run."""
-        brief = _is_brief(x, routing.weights, capacity) and _is_plain(routing)
-        if not brief or not getattr(planner, "steady", False):
+        if not _is_brief(x, routing, capacity) or not getattr(planner, "steady", False):
             return
         if planner is not self._planner:
             self._planner, self._decisions = planner, {}
@@ -112,31 +107,24 @@ class BriefCalls:
             reason = f"{decision.reason}; asked once for {x.shape[0]} tokens without a gradient"
             self._decisions[_key(x, routing.expert_ids.shape[1])] = replace(decision, reason=reason)
 
-    def _known(self, x: torch.Tensor, top_k: int, experts: Experts) -> tuple[Decision, Network] | None:
-        decision = self._decisions.get(_key(x, top_k))
-        network = None if decision is None else experts.network()
-        if decision is None or network is None or not _fits(network.weights, x):
-            return None
-        return decision, network
+
+def _is_quiet(capacity: Capacity) -> bool:
+    """Nothing is dropped, and nobody wants to know how long it takes."""
+    return capacity.mode == "dropless" and not are_timed()
 
 
-def _is_brief(x: torch.Tensor, weight: torch.Tensor, capacity: Capacity) -> bool:
+def _is_brief(x: torch.Tensor, routing: Routing, capacity: Capacity) -> bool:
     return (
-        are_few(x, weight)
-        and capacity.mode == "dropless"
-        and not are_timed()
+        are_few(x, routing.weights)
+        and _is_quiet(capacity)
         and not torch.autograd._profiler_enabled()
+        and routing.capacity is None
+        and routing.expert_ids.dtype == torch.int32
     )
 
 
-def _is_plain(routing: Routing) -> bool:
-    return routing.capacity is None and routing.expert_ids.dtype == torch.int32
-
-
 def _fits(weights: ops.ExpertWeights, x: torch.Tensor) -> bool:
-    if weights.up[0].dtype != x.dtype:
-        return False
-    return not (torch.is_grad_enabled() and wants_gradient(*chain.from_iterable(weights.lists())))
+    return weights.up[0].dtype == x.dtype and not wants_gradient(*chain.from_iterable(weights.lists()))
 
 
 def _key(x: torch.Tensor, top_k: int) -> _Key:

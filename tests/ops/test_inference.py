@@ -60,6 +60,50 @@ def test_with_the_gate_before_it(settings, dtype):
     assert (found.map.num_experts, found.map.layout) == (6, "ragged")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [17, 64, 150])
+def test_with_the_gate_before_it_at_the_sizes_of_a_model(tokens, dtype):
+    """So many that all threads choose at once."""
+    x, router = tensor(tokens, 1024, dtype=dtype), tensor(64, 1024, dtype=dtype, seed=1)
+    experts = expert_weights(64, 1024, 8, gated=True, bias=False, listed=False, dtype=dtype, grad=False)
+    found = ops.gated_inference(x, router, experts, top_k=8)
+    logits = torch.ops.tutelx.linear(x, router)
+    chosen = ops.gate(logits, 8)
+    assert torch.equal(found.logits, logits)
+    assert torch.equal(found.expert_ids, chosen.expert_ids)
+    assert torch.equal(found.weights, chosen.weights)
+    y, _ = ops.inference(x, chosen.expert_ids, chosen.weights, experts, num_experts=64)
+    assert torch.equal(found.y, y)
+
+
+def if_few(x, router, experts):
+    settings = {"top_k": 2, "score": "softmax", "normalize": True, "activation": "silu"}
+    return ops.gated_inference_if_few(x, router, experts, tile_rows=64, tile_columns=64, **settings)
+
+
+def test_few_tokens_and_nothing_else_to_do():
+    def weights(dtype=torch.float32, grad=False):
+        return expert_weights(6, 20, 11, gated=True, bias=True, listed=True, dtype=dtype, grad=grad)
+
+    x, router, experts = tensor(64, 20), tensor(6, 20, seed=1), weights()
+    expected = ops.gated_inference(x, router, experts, top_k=2)
+    for fields in (if_few(x, router, experts), ops.GatedInference(*if_few(x, router, experts))):
+        assert all(torch.equal(a, b) for a, b in zip(fields, expected, strict=True))
+    assert if_few(tensor(65, 20), router, experts) is None
+    assert if_few(x.double(), router.double(), weights(torch.float64)) is None
+    assert if_few(x, router.bfloat16(), experts) is None
+    assert if_few(x, router, weights(torch.bfloat16)) is None
+    assert if_few(x, router, weights(grad=True)) is None
+    assert if_few(x, router.clone().requires_grad_(), experts) is None
+    assert if_few(x.clone().requires_grad_(), router, experts) is None
+    with torch.no_grad():
+        assert if_few(x, router.clone().requires_grad_(), weights(grad=True)) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert if_few(x, router, experts) is None
+    with torch.profiler.profile():
+        assert if_few(x, router, experts) is None
+
+
 def test_gated_refusals_and_opcheck():
     x, router = tensor(9, 20), tensor(6, 20, seed=1)
     experts = expert_weights(6, 20, 11, gated=False, bias=False, listed=True, dtype=torch.float32, grad=False)

@@ -7,7 +7,7 @@ from tutelx.ops.encode import encode
 from tutelx.ops.expert_ffn import ExpertWeights, expert_ffn
 from tutelx.ops.expert_linear import expert_linear
 from tutelx.ops.gate import Gated, gate
-from tutelx.ops.inference import GatedInference, gated_inference, inference
+from tutelx.ops.inference import GatedInference, gated_inference, gated_inference_if_few, inference
 from tutelx.ops.linear import linear
 from tutelx.ops.route import route
 
@@ -23,6 +23,7 @@ __all__ = [
     "expert_linear",
     "gate",
     "gated_inference",
+    "gated_inference_if_few",
     "inference",
     "linear",
     "route",

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from tutelx.ops._checks import wants_gradient
+from tutelx.ops._library import calls
 
-_MOST_TOKENS = 64
-_DTYPES = (torch.float32, torch.bfloat16)  # of the products with few rows (csrc/cpu/few_rows.cpp)
+_are_few = getattr(calls, "are_few", None)  # a build without Python's headers has no quicker ways
 
 
 def are_few(x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """x: the tokens [T, M]. others: what else a gradient could be wanted of."""
-    return (
-        x.dim() == 2
-        and x.shape[0] <= _MOST_TOKENS
-        and x.is_cpu
-        and x.dtype in _DTYPES
-        and not wants_gradient(x, *others)
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-    )
+    """x: the tokens [T, M], float32 or bfloat16. others: what else a gradient could be wanted of."""
+    return not torch.compiler.is_compiling() and _are_few is not None and _are_few(x, others)

@@ -15,6 +15,8 @@ from tutelx.ops.expert_ffn import ExpertWeights, Tensors
 from tutelx.ops.gate import Score, _wide
 from tutelx.types import DispatchMap
 
+_if_few = getattr(calls, "gated_inference_if_few", None)  # a build without Python's headers has none
+
 
 class GatedInference(NamedTuple):
     """y [T, M], the arrays of `map`, logits [T, E], expert_ids [T, K] int32 and weights [T, K] float32."""
@@ -95,6 +97,27 @@ def gated_inference(
     _check_no_gradient("x, router or experts", x, router, lists)
     call = kernels.gated_inference if torch.compiler.is_compiling() else calls.gated_inference
     return GatedInference(*call(x, router, top_k, score, normalize, *lists, activation, tile_rows, tile_columns))
+
+
+def gated_inference_if_few(
+    x: torch.Tensor,
+    router: torch.Tensor,
+    experts: ExpertWeights,
+    *,
+    top_k: int,
+    score: Score,
+    normalize: bool,
+    activation: Activation,
+    tile_rows: int,
+    tile_columns: int,
+) -> tuple[torch.Tensor, ...] | None:
+    """The fields of :func:`gated_inference`, if nothing is lost by calling that: x has few tokens, all have its dtype,
+    no gradient is wanted, no profiler runs, nothing is traced or cast. All that is asked in one call, since each
+    question from Python takes as long as a small operator.
+    """
+    if _if_few is None or torch.compiler.is_compiling():
+        return None
+    return _if_few(x, router, top_k, score, normalize, *experts.lists(), activation, tile_rows, tile_columns)
 
 
 def _check_no_gradient(names: str, first: torch.Tensor, second: torch.Tensor, lists: tuple[Tensors, ...]) -> None:
