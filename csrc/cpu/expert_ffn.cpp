@@ -23,90 +23,125 @@ namespace tutelx {
 namespace {
 
 template <class T>
-Forward run(const Rows& x, const Segments& segments, const FfnWeights& w, Act act, TileSize size, bool keep,
-            at::TensorOptions options, const Then& then) {
-  const int64_t R = segments.rows, M = w.model_dim, H = w.hidden_dim, E = segments.experts();
-  const at::Tensor out = buffer({R, M}, options), hidden = buffer({R, H}, options), nothing = buffer({0}, options);
-  const at::Tensor gate_pre = keep && w.gate ? buffer_like(hidden) : nothing;
-  const at::Tensor up_pre = keep ? buffer_like(hidden) : nothing;
-  const Rows a{matrix_of(hidden)};
-  const Matrix y = matrix_of(out);
+class Task final : public FfnTask {
+ public:
+  Task(const Rows& x, const Segments& segments, const FfnWeights& w, Act act, TileSize size, bool keep,
+       at::TensorOptions options, const Then& then, Progress& progress)
+      : x_(x),
+        w_(w),
+        act_(act),
+        keep_(keep),
+        then_(then),
+        progress_(progress),
+        all_inner_(segments.experts()),
+        inner_(cut(segments, w.hidden_dim, size)),
+        outer_(cut(segments, w.model_dim, size)) {
+    out_ = buffer({segments.rows, w.model_dim}, options);
+    hidden_ = buffer({segments.rows, w.hidden_dim}, options);
+    const at::Tensor nothing = buffer({0}, options);
+    gate_pre_ = keep && w.gate ? buffer_like(hidden_) : nothing;
+    up_pre_ = keep ? buffer_like(hidden_) : nothing;
+    result_ = {out_, gate_pre_, up_pre_};
+    for (const Tile& t : inner_) progress.expect(t.expert);
+    for (size_t i = 0; i < outer_.size(); ++i) progress.expect(all_inner_);
+  }
 
-  const std::vector<Tile> inner = cut(segments, H, size), outer = cut(segments, M, size);
-  // Tiles are handed out in turns: where the weights begin that this thread will probably want after tile i.
-  const int64_t threads = at::get_num_threads();
-  const auto later = [&](const std::vector<Tile>& tiles, int64_t i, const ExpertParameter& weight) -> const char* {
-    if (i + threads >= static_cast<int64_t>(tiles.size())) return nullptr;
-    const Tile& t = tiles[i + threads];
-    return weight.matrix(t.expert).block(t.col, t.cols, 0, weight.size(1)).data;
-  };
-  const auto into_hidden = [&](int64_t i) {
-    const Tile& t = inner[i];
-    // Where the pre-activations go: kept for the backward, or forgotten with the tile.
-    const std::unique_ptr<T[]> scratch(keep ? nullptr : new T[t.rows * t.cols * (w.gate ? 2 : 1)]);
-    const auto place = [&](const at::Tensor& kept, int64_t nth) -> Matrix {
-      if (keep) return matrix_of(kept).block(t.row, t.rows, t.col, t.cols);
-      return {reinterpret_cast<char*>(scratch.get() + nth * t.rows * t.cols), t.rows, t.cols, t.cols, 1, x.of.dtype};
-    };
-    Products products(x.some(t.row, t.rows));
-    const auto columns = [&](const ExpertParameter& weight) {
-      return weight.matrix(t.expert).block(t.col, t.cols, 0, M);
-    };
-    const auto project = [&](const ExpertParameter& weight, const ExpertParameter& bias, const Matrix& to,
-                             const char* after) {
-      products.into(columns(weight).transposed(), to, after);
-      add_bias<T>(to, bias ? bias.vector<T>(t.expert) + t.col : nullptr);
-    };
-    const Matrix u = place(up_pre, 0);
-    const char* const next = later(inner, i, w.up);
-    project(w.up, w.up_bias, u, w.gate ? columns(w.gate).data : next);
-    const Matrix g = w.gate ? place(gate_pre, 1) : u;
-    if (w.gate) project(w.gate, w.gate_bias, g, next);
-    for (int64_t r = 0; r < t.rows; ++r)
-      activate<T>(act, reinterpret_cast<T*>(g.data) + r * g.row_stride,
-                  w.gate ? reinterpret_cast<T*>(u.data) + r * u.row_stride : nullptr,
-                  hidden.mutable_data_ptr<T>() + (t.row + r) * H + t.col, t.cols);
-  };
-  const auto out_of_hidden = [&](int64_t i) {
-    const Tile& t = outer[i];
-    const Matrix to = y.block(t.row, t.rows, t.col, t.cols);
-    Products(a.some(t.row, t.rows))
-        .into(w.down.matrix(t.expert).block(t.col, t.cols, 0, H).transposed(), to, later(outer, i, w.down));
-    add_bias<T>(to, w.down_bias ? w.down_bias.vector<T>(t.expert) + t.col : nullptr);
-  };
+  int64_t items() const override { return static_cast<int64_t>(inner_.size() + outer_.size()) + then_.items; }
+  const Forward& result() const override { return result_; }
 
   // An outer tile needs all inner ones of its expert; what comes then needs all outer ones.
-  Progress progress(E + 1);
-  for (const Tile& t : inner) progress.expect(t.expert);
-  for (size_t i = 0; i < outer.size(); ++i) progress.expect(E);
-  int64_t numbers = R * (M + 2 * H);
-  for (int64_t e = 0; e < E; ++e) numbers += segments.of[e].size > 0 ? (w.gate ? 3 : 2) * M * H : 0;
-  const int64_t n = inner.size(), m = outer.size();
-  parallel_in_order(n + m + then.items, numbers * sizeof(T), progress, [&](int64_t i) {
+  void item(int64_t i) override {
+    const int64_t n = inner_.size(), m = outer_.size();
     if (i < n) {
       into_hidden(i);
-      progress.finish(inner[i].expert);
+      progress_.finish(inner_[i].expert);
     } else if (i < n + m) {
-      if (!progress.wait(outer[i - n].expert)) return;
+      if (!progress_.wait(outer_[i - n].expert)) return;
       out_of_hidden(i - n);
-      progress.finish(E);
-    } else if (progress.wait(E)) {
-      then.item(out, i - n - m);
+      progress_.finish(all_inner_);
+    } else if (progress_.wait(all_inner_)) {
+      then_.item(out_, i - n - m);
     }
-  });
-  return {out, gate_pre, up_pre};
-}
+  }
 
-Forward run(const Rows& x, const Segments& segments, const FfnWeights& weights, Act act, TileSize size, bool keep,
-            at::TensorOptions options, const Then& then) {
-  Forward result;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.of.dtype, "expert_ffn", [&] {
-    result = run<scalar_t>(x, segments, weights, act, size, keep, options, then);
-  });
-  return result;
-}
+ private:
+  void into_hidden(int64_t i) const {
+    const Tile& t = inner_[i];
+    // Where the pre-activations go: kept for the backward, or forgotten with the tile.
+    const std::unique_ptr<T[]> scratch(keep_ ? nullptr : new T[t.rows * t.cols * (w_.gate ? 2 : 1)]);
+    const auto place = [&](const at::Tensor& kept, int64_t nth) -> Matrix {
+      if (keep_) return matrix_of(kept).block(t.row, t.rows, t.col, t.cols);
+      return {reinterpret_cast<char*>(scratch.get() + nth * t.rows * t.cols), t.rows, t.cols, t.cols, 1, x_.of.dtype};
+    };
+    Products products(x_.some(t.row, t.rows));
+    const auto project = [&](const ExpertParameter& weight, const ExpertParameter& bias, const Matrix& to,
+                             const char* after) {
+      products.into(columns(weight, t).transposed(), to, after);
+      add_bias<T>(to, bias ? bias.vector<T>(t.expert) + t.col : nullptr);
+    };
+    const Matrix u = place(up_pre_, 0);
+    const char* const next = later(inner_, i, w_.up);
+    project(w_.up, w_.up_bias, u, w_.gate ? columns(w_.gate, t).data : next);
+    const Matrix g = w_.gate ? place(gate_pre_, 1) : u;
+    if (w_.gate) project(w_.gate, w_.gate_bias, g, next);
+    for (int64_t r = 0; r < t.rows; ++r)
+      activate<T>(act_, reinterpret_cast<T*>(g.data) + r * g.row_stride,
+                  w_.gate ? reinterpret_cast<T*>(u.data) + r * u.row_stride : nullptr,
+                  hidden_.mutable_data_ptr<T>() + (t.row + r) * w_.hidden_dim + t.col, t.cols);
+  }
+
+  void out_of_hidden(int64_t i) const {
+    const Tile& t = outer_[i];
+    const Matrix to = matrix_of(out_).block(t.row, t.rows, t.col, t.cols);
+    Products(Rows{matrix_of(hidden_)}.some(t.row, t.rows))
+        .into(columns(w_.down, t).transposed(), to, later(outer_, i, w_.down));
+    add_bias<T>(to, w_.down_bias ? w_.down_bias.vector<T>(t.expert) + t.col : nullptr);
+  }
+
+  // The weights of a tile's output columns.
+  static Matrix columns(const ExpertParameter& weight, const Tile& t) {
+    return weight.matrix(t.expert).block(t.col, t.cols, 0, weight.size(1));
+  }
+  // Tiles are handed out in turns: where the weights begin that this thread will probably want after tile i.
+  const char* later(const std::vector<Tile>& tiles, int64_t i, const ExpertParameter& weight) const {
+    const int64_t next = i + threads_;
+    return next < static_cast<int64_t>(tiles.size()) ? columns(weight, tiles[next]).data : nullptr;
+  }
+
+  const Rows x_;
+  const FfnWeights& w_;
+  const Act act_;
+  const bool keep_;
+  const Then& then_;
+  Progress& progress_;
+  const int64_t all_inner_, threads_ = at::get_num_threads();
+  const std::vector<Tile> inner_, outer_;
+  at::Tensor out_, hidden_, gate_pre_, up_pre_;
+  Forward result_;
+};
 
 }  // namespace
+
+std::unique_ptr<FfnTask> ffn_task(const Rows& x, const Segments& segments, const FfnWeights& weights, Act act,
+                                  TileSize size, bool keep, at::TensorOptions options, const Then& then,
+                                  Progress& progress) {
+  std::unique_ptr<FfnTask> task;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.of.dtype, "expert_ffn", [&] {
+    task.reset(new Task<scalar_t>(x, segments, weights, act, size, keep, options, then, progress));
+  });
+  return task;
+}
+
+bool takes_slots(const Matrix& x, int64_t most_rows, const FfnWeights& weights) {
+  return x.col_stride == 1 && weights.up.side_by_side() && (!weights.gate || weights.gate.side_by_side()) &&
+         FewRows::can(most_rows, x.dtype);
+}
+
+int64_t ffn_bytes(const FfnWeights& weights, int64_t experts, int64_t rows) {
+  const int64_t M = weights.model_dim, H = weights.hidden_dim;
+  return (experts * (weights.gate ? 3 : 2) * M * H + rows * (M + 2 * H)) *
+         static_cast<int64_t>(c10::elementSize(weights.up.dtype()));
+}
 
 Forward expert_ffn(const at::Tensor& rows, const at::Tensor& counts, const at::Tensor& offsets, at::TensorList gate,
                    at::TensorList up, at::TensorList down, at::TensorList gate_bias, at::TensorList up_bias,
@@ -116,30 +151,17 @@ Forward expert_ffn(const at::Tensor& rows, const at::Tensor& counts, const at::T
   const at::Tensor x = rows.contiguous();
   const Segments segments(counts, offsets, x.size(0));
   const FfnWeights weights(gate, up, down, gate_bias, up_bias, down_bias, x, segments.experts());
-  const Forward result = run(Rows{matrix_of(x)}, segments, weights, parse_activation(activation),
-                             TileSize(tile_rows, tile_columns), keep, x.options(), Then{});
+  const int64_t used = std::count_if(segments.of.begin(), segments.of.end(), [](const Span& s) { return s.size > 0; });
+  const Then nothing;
+  Progress progress(segments.experts() + 1);
+  const auto task = ffn_task(Rows{matrix_of(x)}, segments, weights, parse_activation(activation),
+                             TileSize(tile_rows, tile_columns), keep, x.options(), nothing, progress);
+  Turns turns;
+  parallel_team(ffn_bytes(weights, used, segments.rows), progress,
+                [&](bool) { turns.take(task->items(), progress, [&](int64_t i) { task->item(i); }); });
+  const Forward result = task->result();
   zero_other_rows(std::get<0>(result), segments);
   return result;
-}
-
-void expert_ffn_of_tokens(const at::Tensor& tokens, const at::Tensor& dest, const at::Tensor& source,
-                          const Segments& segments, const FfnWeights& weights, Act act, TileSize size,
-                          const Then& then) {
-  const Matrix x = matrix_of(tokens);
-  int64_t most = 0;
-  bool side_by_side = x.col_stride == 1;
-  for (int64_t e = 0; e < segments.experts(); ++e) {
-    if (segments.of[e].size == 0) continue;
-    most = std::max(most, std::min(segments.of[e].size, size.rows));
-    side_by_side &= weights.up.matrix(e).col_stride == 1 && (!weights.gate || weights.gate.matrix(e).col_stride == 1);
-  }
-  if (side_by_side && FewRows::can(most, x.dtype)) {
-    const Rows rows{x, source.const_data_ptr<int32_t>(), dest.size(1)};
-    run(rows, segments, weights, act, size, false, tokens.options(), then);
-  } else {
-    const at::Tensor rows = encode(tokens, source, dest);
-    run(Rows{matrix_of(rows)}, segments, weights, act, size, false, tokens.options(), then);
-  }
 }
 
 }  // namespace tutelx

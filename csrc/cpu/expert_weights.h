@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "../check.h"
@@ -45,6 +46,10 @@ class ExpertParameter {
             t.stride(1),
             t.stride(2),
             t.scalar_type()};
+  }
+  // Whether the inputs of each expert's outputs lie side by side.
+  bool side_by_side() const {
+    return std::all_of(tensors_.begin(), tensors_.end(), [](const at::Tensor& t) { return t.stride(-1) == 1; });
   }
   template <class T>
   const T* vector(int64_t expert) const {

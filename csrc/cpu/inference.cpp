@@ -3,6 +3,8 @@
 // would lay out again. gated_inference: linear and gate before them too. What they compute has the bits of their parts.
 #include <torch/library.h>
 
+#include <optional>
+
 #include "../check.h"
 #include "expert_ffn.h"
 #include "forward.h"
@@ -19,42 +21,68 @@ constexpr int64_t kGatedTokens = 16;  // of an item; fewer tokens of all leave a
 
 using Step = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+// What follows the gate, as items that threads of one region take in turns.
+class AfterGate {
+ public:
+  // tokens [T,M] contiguous; progress: as for an FfnTask.
+  AfterGate(const at::Tensor& tokens, const at::Tensor& ids, const at::Tensor& weights, const FfnWeights& experts,
+            int64_t num_experts, Act act, TileSize size, Progress& progress)
+      : map_(route(ids, num_experts, std::nullopt, false, std::nullopt)),
+        segments_(std::get<2>(map_), std::get<3>(map_), std::get<1>(map_).size(0)),
+        sum_(std::get<0>(map_), weights, tokens.size(1), tokens.options()) {
+    const auto& [dest, source, counts, offsets] = map_;
+    check_size(tokens, "x", 0, dest.size(0), "the map's tokens");
+    check_weights(weights, dest, tokens.scalar_type());
+    const int64_t T = tokens.size(0), items = std::min(T, kMostSums);
+    then_ = {items, [this, T, items](const at::Tensor& out, int64_t i) {
+               sum_.tokens(out, T * i / items, T * (i + 1) / items);
+             }};
+    int64_t most = 0;
+    for (const Span& rows : segments_.of) most = std::max(most, std::min(rows.size, size.rows));
+    Rows rows{matrix_of(tokens), source.const_data_ptr<int32_t>(), dest.size(1)};
+    if (!takes_slots(rows.of, most, experts)) {
+      encoded_ = encode(tokens, source, dest);
+      rows = Rows{matrix_of(encoded_)};
+    }
+    task_ = ffn_task(rows, segments_, experts, act, size, false, tokens.options(), then_, progress);
+  }
+  AfterGate(const AfterGate&) = delete;
+  AfterGate& operator=(const AfterGate&) = delete;
+
+  // Takes what the calling thread gets.
+  void work(Progress& progress) {
+    turns_.take(task_->items(), progress, [&](int64_t i) { task_->item(i); });
+  }
+  Step result() const {
+    const auto& [dest, source, counts, offsets] = map_;
+    return {sum_.out(), dest, source, counts, offsets};
+  }
+
+ private:
+  const Map map_;
+  const Segments segments_;
+  const GatherSum sum_;
+  Then then_;
+  at::Tensor encoded_;
+  std::unique_ptr<FfnTask> task_;
+  Turns turns_;
+};
+
 Step inference(const at::Tensor& x, const at::Tensor& expert_ids, const at::Tensor& weights, int64_t num_experts,
                at::TensorList gate, at::TensorList up, at::TensorList down, at::TensorList gate_bias,
                at::TensorList up_bias, at::TensorList down_bias, c10::string_view activation, int64_t tile_rows,
                int64_t tile_columns) {
   check_dim(x, "x", 2);
   check_floating(x, "x");
-  const auto [dest, source, counts, offsets] = route(expert_ids, num_experts, std::nullopt, false, std::nullopt);
-  check_size(x, "x", 0, dest.size(0), "the map's tokens");
-  check_weights(weights, dest, x.scalar_type());
+  TORCH_CHECK_VALUE(num_experts > 0, "num_experts=", num_experts, " must be at least 1");
   const at::Tensor tokens = x.contiguous();
-  const Segments segments(counts, offsets, source.size(0));
   const FfnWeights experts(gate, up, down, gate_bias, up_bias, down_bias, tokens, num_experts);
-  const GatherSum sum(dest, weights, tokens.size(1), tokens.options());
-  const int64_t T = tokens.size(0), items = std::min(T, kMostSums);
-  const Then then{items,
-                  [&](const at::Tensor& out, int64_t i) { sum.tokens(out, T * i / items, T * (i + 1) / items); }};
-  expert_ffn_of_tokens(tokens, dest, source, segments, experts, parse_activation(activation),
-                       TileSize(tile_rows, tile_columns), then);
-  return {sum.out(), dest, source, counts, offsets};
-}
-
-// linear and gate, without what the losses need, with the same bits.
-std::pair<at::Tensor, TokenGate> choose(const at::Tensor& x, const at::Tensor& router, int64_t k,
-                                        c10::string_view score, bool renormalize) {
-  const TokenLinear product(x, router);
-  const int64_t T = product.tokens(), E = product.outputs();
-  const bool together = T > kGatedTokens && product.bits_are_fixed();
-  if (!together) product.all();
-  TokenGate gate(product.out(), k, score, renormalize, false);
-  const auto some = [&](int64_t i) {
-    const int64_t token = i * kGatedTokens, tokens = std::min(kGatedTokens, T - token);
-    if (together) product.some(token, tokens, 0, E);
-    gate.tokens(token, token + tokens);
-  };
-  parallel_items((T + kGatedTokens - 1) / kGatedTokens, some, product.products() >= kWakeProducts);
-  return {product.out(), gate};
+  Progress progress(num_experts + 1);
+  AfterGate rest(tokens, expert_ids, weights, experts, num_experts, parse_activation(activation),
+                 TileSize(tile_rows, tile_columns), progress);
+  const int64_t slots = expert_ids.numel();
+  parallel_team(ffn_bytes(experts, std::min(num_experts, slots), slots), progress, [&](bool) { rest.work(progress); });
+  return rest.result();
 }
 
 using GatedStep =
@@ -64,11 +92,51 @@ GatedStep gated_inference(const at::Tensor& x, const at::Tensor& router, int64_t
                           bool renormalize, at::TensorList gate_weights, at::TensorList up, at::TensorList down,
                           at::TensorList gate_bias, at::TensorList up_bias, at::TensorList down_bias,
                           c10::string_view activation, int64_t tile_rows, int64_t tile_columns) {
-  const auto [logits, gate] = choose(x, router, k, score, renormalize);
-  const auto [y, dest, source, counts, offsets] =
-      inference(x, gate.ids(), gate.weights(), router.size(0), gate_weights, up, down, gate_bias, up_bias, down_bias,
-                activation, tile_rows, tile_columns);
-  return {y, dest, source, counts, offsets, logits, gate.ids(), gate.weights()};
+  const TokenLinear product(x, router);
+  TokenGate gate(product.out(), k, score, renormalize, false);
+  const at::Tensor tokens = x.contiguous();
+  const int64_t T = product.tokens(), E = product.outputs(), items = (T + kGatedTokens - 1) / kGatedTokens;
+  const FfnWeights experts(gate_weights, up, down, gate_bias, up_bias, down_bias, tokens, E);
+  const Act act = parse_activation(activation);
+  const TileSize size(tile_rows, tile_columns);
+  const auto some = [&](int64_t i, bool multiplied) {
+    const int64_t token = i * kGatedTokens, count = std::min(kGatedTokens, T - token);
+    if (!multiplied) product.some(token, count, 0, E);
+    gate.tokens(token, token + count);
+  };
+  const auto with_choices = [&](const Step& step) -> GatedStep {
+    const auto& [y, dest, source, counts, offsets] = step;
+    return {y, dest, source, counts, offsets, product.out(), gate.ids(), gate.weights()};
+  };
+  // A gate never chooses an expert twice for a token.
+  if (!product.bits_are_fixed() || !takes_slots(matrix_of(tokens), std::min(T, size.rows), experts)) {
+    product.all();
+    parallel_items(items, [&](int64_t i) { some(i, true); });
+    return with_choices(inference(tokens, gate.ids(), gate.weights(), E, gate_weights, up, down, gate_bias, up_bias,
+                                  down_bias, activation, tile_rows, tile_columns));
+  }
+
+  const int64_t chosen = E + 1, prepared = E + 2;  // parts of the progress, after those of the experts
+  Progress progress(E + 3);
+  for (int64_t i = 0; i < items; ++i) progress.expect(chosen);
+  progress.expect(prepared);
+  // A large router for a few tokens is cut by its outputs.
+  const bool multiplied = T <= kGatedTokens && product.products() >= kWakeProducts;
+  if (multiplied) product.all();
+  Turns turns;
+  std::optional<AfterGate> rest;
+  parallel_team(ffn_bytes(experts, std::min(E, T * k), T * k), progress, [&](bool is_caller) {
+    turns.take(items, progress, [&](int64_t i) {
+      some(i, multiplied);
+      progress.finish(chosen);
+    });
+    if (is_caller && progress.wait(chosen)) {
+      rest.emplace(tokens, gate.ids(), gate.weights(), experts, E, act, size, progress);
+      progress.finish(prepared);
+    }
+    if (progress.wait(prepared)) rest->work(progress);
+  });
+  return with_choices(rest->result());
 }
 
 }  // namespace

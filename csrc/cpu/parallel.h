@@ -80,27 +80,39 @@ class Progress {
   std::atomic<bool> failed_{false};
 };
 
-// Calls fn(i) once for every i in [0, n), as parallel_items does, but they begin in their order: an item may wait for
-// progress of those before it, which is being made by a thread that runs. bytes: that all of them read.
+// Calls fn(is_caller) once on each of some threads, one of which is the caller, and there may be no other. They share
+// their work themselves, and may wait for progress that a thread which runs is making. bytes: that all of them read.
 template <class Fn>
-void parallel_in_order(int64_t n, int64_t bytes, Progress& progress, const Fn& fn) {
-  const int64_t threads = std::min({n, int64_t{at::get_num_threads()}, 1 + bytes / kWakeBytes});
+void parallel_team(int64_t bytes, Progress& progress, const Fn& fn) {
+  const int64_t threads = std::min(int64_t{at::get_num_threads()}, 1 + bytes / kWakeBytes);
   if (threads <= 1 || at::in_parallel_region()) {
     const OneThreadProducts guard;
-    for (int64_t i = 0; i < n; ++i) fn(i);
+    fn(true);
     return;
   }
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
     const OneThreadProducts guard;
     try {
-      for (int64_t i = next.fetch_add(1); i < n && !progress.failed(); i = next.fetch_add(1)) fn(i);
+      fn(begin == 0);
     } catch (...) {
       progress.fail();
       throw;
     }
   });
 }
+
+// Numbers from 0 on, each handed out once, in order.
+class Turns {
+ public:
+  // Calls fn(i) for those below n that the calling thread gets. fn(i) may wait for what fn does for a smaller one.
+  template <class Fn>
+  void take(int64_t n, const Progress& progress, const Fn& fn) {
+    for (int64_t i = next_.fetch_add(1); i < n && !progress.failed(); i = next_.fetch_add(1)) fn(i);
+  }
+
+ private:
+  std::atomic<int64_t> next_{0};
+};
 
 // Splits [0, n) into contiguous ranges of about `grain` or more and calls fn(begin, end) once for each, in parallel.
 // Some ranges a thread, so that one that woke late or was interrupted leaves more to the others.
