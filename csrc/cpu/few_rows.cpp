@@ -33,7 +33,8 @@ constexpr int64_t kGroup = 32;     // outputs that one chunk of the rows is used
 constexpr int64_t kLine = 64, kPage = 4096, kChunk = 2048;
 constexpr int64_t kRowStride = kChunk + kLine;  // rows a power of two apart would share the few places of one set
 // Rows of one pass, by the outputs at a time. The sums of twelve rows for two outputs just fit the registers.
-constexpr int64_t kAlone = 3, kPairs = 12, kEights = 2;
+constexpr int64_t kAlone = 4, kPairs = 12, kEights = 2;
+constexpr int64_t kAloneBytes = 20480;  // of whole rows that stay in the first cache beside the weights
 
 #define TUTELX_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
@@ -188,7 +189,7 @@ struct Way {
 template <class Number>
 Way way_of(int64_t rows, int64_t bytes) {
   if (rows <= kEights && bytes >= kPage) return {kPasses<Number, 8, kEights>.data(), kEights, true, 8 * bytes};
-  if (rows <= kAlone) return {kPasses<Number, 1, kAlone>.data(), kAlone, true, 8192};
+  if (rows <= kAlone && rows * bytes <= kAloneBytes) return {kPasses<Number, 1, kAlone>.data(), kAlone, true, 8192};
   return {kPasses<Number, 2, kPairs>.data(), kPairs, false};
 }
 
