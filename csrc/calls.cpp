@@ -12,6 +12,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace tutelx {
@@ -70,21 +71,29 @@ bool fit(const Tensor& x, const Tensor& router, std::initializer_list<const Tens
   });
 }
 
-// gated_inference, or nothing where an ordinary call would do something else besides.
+// What an operator gave, not made Python objects of before somebody looks at it.
+struct Unread {
+  Eight tensors;
+};
+
+// gated_inference, or nothing where an ordinary call would do something else besides: y, and all it gave.
 void define_gated_inference_if_few(pybind11::module_& m) {
+  pybind11::class_<Unread>(m, "Unread").def("__call__", [](const Unread& self) { return self.tensors; });
   m.def("gated_inference_if_few",
         [op = find<GatedInference>("gated_inference")](
             const Tensor& x, const Tensor& router, int64_t k, c10::string_view score, bool renormalize,
             const Tensors& gate, const Tensors& up, const Tensors& down, const Tensors& gate_bias,
             const Tensors& up_bias, const Tensors& down_bias, c10::string_view activation, int64_t tile_rows,
-            int64_t tile_columns) -> std::optional<Eight> {
+            int64_t tile_columns) -> std::optional<std::pair<Tensor, Unread>> {
           if (torch::profiler::impl::profilerEnabled() ||
               !fit(x, router, {&gate, &up, &down, &gate_bias, &up_bias, &down_bias}))
             return std::nullopt;
           const pybind11::gil_scoped_release no_lock;
           const at::AutoDispatchBelowAutograd no_graph;
-          return op.call(x, router, k, score, renormalize, gate, up, down, gate_bias, up_bias, down_bias, activation,
-                         tile_rows, tile_columns);
+          Eight given = op.call(x, router, k, score, renormalize, gate, up, down, gate_bias, up_bias, down_bias,
+                                activation, tile_rows, tile_columns);
+          const Tensor y = std::get<0>(given);
+          return std::pair(y, Unread{std::move(given)});
         });
 }
 

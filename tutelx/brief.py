@@ -73,7 +73,8 @@ class BriefCalls:
         )
         if found is None:
             return None
-        return found[0], decision, lambda: RoutingStats(ops.GatedInference(*found).map)
+        y, fields = found
+        return y, decision, lambda: RoutingStats(ops.GatedInference(*fields()).map)
 
     def run(
         self, x: torch.Tensor, routing: Routing, experts: Experts, capacity: Capacity, planner: Planner

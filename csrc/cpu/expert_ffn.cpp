@@ -38,16 +38,17 @@ class Task final : public FfnTask {
         outer_(cut(segments, w.model_dim, size)) {
     out_ = buffer({segments.rows, w.model_dim}, options);
     hidden_ = buffer({segments.rows, w.hidden_dim}, options);
-    const at::Tensor nothing = buffer({0}, options);
-    gate_pre_ = keep && w.gate ? buffer_like(hidden_) : nothing;
-    up_pre_ = keep ? buffer_like(hidden_) : nothing;
-    result_ = {out_, gate_pre_, up_pre_};
+    if (keep && w.gate) gate_pre_ = buffer_like(hidden_);
+    if (keep) up_pre_ = buffer_like(hidden_);
     for (const Tile& t : inner_) progress.expect(t.expert);
     for (size_t i = 0; i < outer_.size(); ++i) progress.expect(all_inner_);
   }
 
   int64_t items() const override { return static_cast<int64_t>(inner_.size() + outer_.size()) + then_.items; }
-  const Forward& result() const override { return result_; }
+  Forward result() const override {
+    const auto or_empty = [&](const at::Tensor& t) { return t.defined() ? t : buffer({0}, out_.options()); };
+    return {out_, or_empty(gate_pre_), or_empty(up_pre_)};
+  }
 
   // An outer tile needs all inner ones of its expert; what comes then needs all outer ones.
   void item(int64_t i) override {
@@ -117,7 +118,6 @@ class Task final : public FfnTask {
   const int64_t all_inner_, threads_ = at::get_num_threads();
   const std::vector<Tile> inner_, outer_;
   at::Tensor out_, hidden_, gate_pre_, up_pre_;
-  Forward result_;
 };
 
 }  // namespace

@@ -27,7 +27,7 @@ class FfnTask {
   // may wait for those before it.
   virtual int64_t items() const = 0;
   virtual void item(int64_t i) = 0;
-  virtual const Forward& result() const = 0;
+  virtual Forward result() const = 0;
 };
 
 // keep: the pre-activations, for a backward. What is given here must outlive the task.

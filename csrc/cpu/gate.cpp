@@ -144,7 +144,7 @@ bool is_softmax(c10::string_view score) {
   return score == "softmax";
 }
 
-TokenGate::TokenGate(const at::Tensor& logits, int64_t k, c10::string_view score, bool renormalize, bool sums)
+TokenGate::TokenGate(const at::Tensor& logits, int64_t k, c10::string_view score, bool renormalize, bool for_losses)
     : logits_(logits), softmax_(is_softmax(score)), renormalize_(renormalize) {
   check_dim(logits, "logits", 2);
   check_floating(logits, "logits");
@@ -155,8 +155,9 @@ TokenGate::TokenGate(const at::Tensor& logits, int64_t k, c10::string_view score
   const auto wide = logits.options().dtype(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   ids_ = at::empty({T, k}, wide.dtype(at::kInt));
   weights_ = at::empty({T, k}, wide);
+  if (!for_losses) return;
   logsumexp_ = at::empty({T}, wide);
-  if (sums) sums_ = at::zeros({(T + kTokensPerBlock - 1) / kTokensPerBlock, padded(E)}, wide);
+  sums_ = at::zeros({(T + kTokensPerBlock - 1) / kTokensPerBlock, padded(E)}, wide);
 }
 
 template <class T>
@@ -166,11 +167,11 @@ void TokenGate::choose(int64_t begin, int64_t end) {
   std::vector<W> logit(P), scores(P), forgotten(sums_.defined() ? 0 : P);
   std::vector<int32_t> scratch;
   const T* in = logits_.const_data_ptr<T>();
-  W *weights = weights_.mutable_data_ptr<W>(), *logsumexp = logsumexp_.mutable_data_ptr<W>();
+  W* weights = weights_.mutable_data_ptr<W>();
   for (int64_t t = begin; t < end; ++t) {
     W* sum = sums_.defined() ? sums_.mutable_data_ptr<W>() + t / kTokensPerBlock * P : forgotten.data();
     const Scored<W> token = score_simd(in + t * E, softmax_, logit.data(), scores.data(), sum, E);
-    logsumexp[t] = token.logsumexp;
+    if (logsumexp_.defined()) logsumexp_.mutable_data_ptr<W>()[t] = token.logsumexp;
     check_row(logit.data(), token.logsumexp, t, E);
     int32_t* chosen = ids_.mutable_data_ptr<int32_t>() + t * K;
     if (K > kFewChoices)

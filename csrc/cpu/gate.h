@@ -27,10 +27,11 @@ TUTELX_INLINE W sum_lanes(W* lane) {
 // The choices of some tokens at a time, for a caller that has its own threads.
 class TokenGate {
  public:
-  // logits [T,E] contiguous, read when their tokens' turn comes. sums: whether score_sum is wanted.
-  TokenGate(const at::Tensor& logits, int64_t k, c10::string_view score, bool renormalize, bool sums);
+  // logits [T,E] contiguous, read when their tokens' turn comes. for_losses: whether logsumexp and score_sum are
+  // wanted.
+  TokenGate(const at::Tensor& logits, int64_t k, c10::string_view score, bool renormalize, bool for_losses);
 
-  // Each token is chosen for once. Tokens of two calls at a time lie in different blocks if sums are wanted.
+  // Each token is chosen for once. Tokens of two calls at a time lie in different blocks if score_sum is wanted.
   void tokens(int64_t begin, int64_t end);
   const at::Tensor& ids() const { return ids_; }              // [T,K] int32
   const at::Tensor& weights() const { return weights_; }      // [T,K] float32, float64 for float64 logits

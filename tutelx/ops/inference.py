@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from typing import NamedTuple
 
@@ -110,10 +111,10 @@ def gated_inference_if_few(
     activation: Activation,
     tile_rows: int,
     tile_columns: int,
-) -> tuple[torch.Tensor, ...] | None:
-    """The fields of :func:`gated_inference`, if nothing is lost by calling that: x has few tokens, all have its dtype,
-    no gradient is wanted, no profiler runs, nothing is traced or cast. All that is asked in one call, since each
-    question from Python takes as long as a small operator.
+) -> tuple[torch.Tensor, Callable[[], tuple[torch.Tensor, ...]]] | None:
+    """y of :func:`gated_inference` and what makes its fields, if nothing is lost by calling that: x has few tokens, all
+    have its dtype, no gradient is wanted, no profiler runs, nothing is traced or cast. All that is asked in one call,
+    since each question from Python takes as long as a small operator.
     """
     if _if_few is None or torch.compiler.is_compiling():
         return None
