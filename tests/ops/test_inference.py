@@ -76,6 +76,14 @@ def test_with_the_gate_before_it_at_the_sizes_of_a_model(tokens, dtype):
     assert torch.equal(found.y, y)
 
 
+def test_a_token_without_a_choice_stops_all_threads():
+    x, router = tensor(64, 1024), tensor(64, 1024, seed=1)
+    x[40, 3] = float("nan")
+    experts = expert_weights(64, 1024, 8, gated=True, bias=False, listed=False, dtype=torch.float32, grad=False)
+    with pytest.raises(ValueError, match=r"logits\[40,0\]=nan is not a number"):
+        ops.gated_inference(x, router, experts, top_k=8)
+
+
 def if_few(x, router, experts):
     settings = {"top_k": 2, "score": "softmax", "normalize": True, "activation": "silu"}
     return ops.gated_inference_if_few(x, router, experts, tile_rows=64, tile_columns=64, **settings)
