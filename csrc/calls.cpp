@@ -42,18 +42,16 @@ void define(pybind11::module_& m, const char* name, Result (*)(Arguments...)) {
 
 using Tensors = std::vector<Tensor>;
 
-bool want_gradients(const Tensors& tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.requires_grad(); });
-}
+bool wants_gradient(const Tensor& t) { return at::GradMode::is_enabled() && t.requires_grad(); }
+bool want_gradients(const Tensors& tensors) { return std::any_of(tensors.begin(), tensors.end(), wants_gradient); }
 
 // Whether a call is one of decoding, for which there are quicker ways: few tokens x [T,D] on a CPU, of a dtype that
 // products with few rows have (csrc/cpu/few_rows.cpp), nothing that a gradient is wanted of, no autocast.
 bool are_few(const Tensor& x, const Tensors& others) {
   constexpr int64_t most_tokens = 64;
   return x.dim() == 2 && x.size(0) <= most_tokens && x.is_cpu() &&
-         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) &&
-         !(at::GradMode::is_enabled() && (x.requires_grad() || want_gradients(others))) &&
-         !at::autocast::is_autocast_enabled(at::kCPU);
+         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) && !wants_gradient(x) &&
+         !want_gradients(others) && !at::autocast::is_autocast_enabled(at::kCPU);
 }
 
 using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -66,8 +64,7 @@ using GatedInference = Eight(const Tensor&, const Tensor&, int64_t, c10::string_
 bool fit(const Tensor& x, const Tensor& router, std::initializer_list<const Tensors*> weights) {
   if (!are_few(x, {router}) || router.scalar_type() != x.scalar_type()) return false;
   return std::all_of(weights.begin(), weights.end(), [&](const Tensors* some) {
-    return (some->empty() || some->front().scalar_type() == x.scalar_type()) &&
-           !(at::GradMode::is_enabled() && want_gradients(*some));
+    return (some->empty() || some->front().scalar_type() == x.scalar_type()) && !want_gradients(*some);
   });
 }
 

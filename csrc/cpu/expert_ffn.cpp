@@ -33,7 +33,7 @@ class Task final : public FfnTask {
         keep_(keep),
         then_(then),
         progress_(progress),
-        all_inner_(segments.experts()),
+        all_outer_(segments.experts()),
         inner_(cut(segments, w.hidden_dim, size)),
         outer_(cut(segments, w.model_dim, size)) {
     out_ = buffer({segments.rows, w.model_dim}, options);
@@ -41,7 +41,7 @@ class Task final : public FfnTask {
     if (keep && w.gate) gate_pre_ = buffer_like(hidden_);
     if (keep) up_pre_ = buffer_like(hidden_);
     for (const Tile& t : inner_) progress.expect(t.expert);
-    for (size_t i = 0; i < outer_.size(); ++i) progress.expect(all_inner_);
+    for (size_t i = 0; i < outer_.size(); ++i) progress.expect(all_outer_);
   }
 
   int64_t items() const override { return static_cast<int64_t>(inner_.size() + outer_.size()) + then_.items; }
@@ -59,8 +59,8 @@ class Task final : public FfnTask {
     } else if (i < n + m) {
       if (!progress_.wait(outer_[i - n].expert)) return;
       out_of_hidden(i - n);
-      progress_.finish(all_inner_);
-    } else if (progress_.wait(all_inner_)) {
+      progress_.finish(all_outer_);
+    } else if (progress_.wait(all_outer_)) {
       then_.item(out_, i - n - m);
     }
   }
@@ -115,7 +115,7 @@ class Task final : public FfnTask {
   const bool keep_;
   const Then& then_;
   Progress& progress_;
-  const int64_t all_inner_, threads_ = at::get_num_threads();
+  const int64_t all_outer_, threads_ = at::get_num_threads();
   const std::vector<Tile> inner_, outer_;
   at::Tensor out_, hidden_, gate_pre_, up_pre_;
 };
