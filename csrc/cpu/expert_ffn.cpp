@@ -157,7 +157,7 @@ Forward expert_ffn(const at::Tensor& rows, const at::Tensor& counts, const at::T
   const auto task = ffn_task(Rows{matrix_of(x)}, segments, weights, parse_activation(activation),
                              TileSize(tile_rows, tile_columns), keep, x.options(), nothing, progress);
   Turns turns;
-  parallel_team(ffn_bytes(weights, used, segments.rows), progress,
+  parallel_team(task->items(), ffn_bytes(weights, used, segments.rows), progress,
                 [&](bool) { turns.take(task->items(), progress, [&](int64_t i) { task->item(i); }); });
   const Forward result = task->result();
   zero_other_rows(std::get<0>(result), segments);

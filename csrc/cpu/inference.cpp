@@ -49,9 +49,10 @@ class AfterGate {
   AfterGate(const AfterGate&) = delete;
   AfterGate& operator=(const AfterGate&) = delete;
 
+  int64_t items() const { return task_->items(); }
   // Takes what the calling thread gets.
   void work(Progress& progress) {
-    turns_.take(task_->items(), progress, [&](int64_t i) { task_->item(i); });
+    turns_.take(items(), progress, [&](int64_t i) { task_->item(i); });
   }
   Step result() const {
     const auto& [dest, source, counts, offsets] = map_;
@@ -81,7 +82,8 @@ Step inference(const at::Tensor& x, const at::Tensor& expert_ids, const at::Tens
   AfterGate rest(tokens, expert_ids, weights, experts, num_experts, parse_activation(activation),
                  TileSize(tile_rows, tile_columns), progress);
   const int64_t slots = expert_ids.numel();
-  parallel_team(ffn_bytes(experts, std::min(num_experts, slots), slots), progress, [&](bool) { rest.work(progress); });
+  parallel_team(rest.items(), ffn_bytes(experts, std::min(num_experts, slots), slots), progress,
+                [&](bool) { rest.work(progress); });
   return rest.result();
 }
 
@@ -125,7 +127,9 @@ GatedStep gated_inference(const at::Tensor& x, const at::Tensor& router, int64_t
   if (multiplied) product.all();
   Turns turns;
   std::optional<AfterGate> rest;
-  parallel_team(ffn_bytes(experts, std::min(E, T * k), T * k), progress, [&](bool is_caller) {
+  const int64_t used = std::min(E, T * k), columns = std::max(experts.hidden_dim, experts.model_dim);
+  const int64_t tiles = used * ((columns + size.columns - 1) / size.columns);  // at most, of one product
+  parallel_team(std::max(tiles, items), ffn_bytes(experts, used, T * k), progress, [&](bool is_caller) {
     turns.take(items, progress, [&](int64_t i) {
       some(i, multiplied);
       progress.finish(chosen);

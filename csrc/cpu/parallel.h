@@ -81,10 +81,11 @@ class Progress {
 };
 
 // Calls fn(is_caller) once on each of some threads, one of which is the caller, and there may be no other. They share
-// their work themselves, and may wait for progress that a thread which runs is making. bytes: that all of them read.
+// their work themselves, and may wait for progress that a thread which runs is making. most: threads that there is work
+// for at a time. bytes: that all of them read.
 template <class Fn>
-void parallel_team(int64_t bytes, Progress& progress, const Fn& fn) {
-  const int64_t threads = std::min(int64_t{at::get_num_threads()}, 1 + bytes / kWakeBytes);
+void parallel_team(int64_t most, int64_t bytes, Progress& progress, const Fn& fn) {
+  const int64_t threads = std::min({most, int64_t{at::get_num_threads()}, 1 + bytes / kWakeBytes});
   if (threads <= 1 || at::in_parallel_region()) {
     const OneThreadProducts guard;
     fn(true);
