@@ -46,12 +46,12 @@ bool wants_gradient(const Tensor& t) { return at::GradMode::is_enabled() && t.re
 bool want_gradients(const Tensors& tensors) { return std::any_of(tensors.begin(), tensors.end(), wants_gradient); }
 
 // Whether a call is one of decoding, for which there are quicker ways: few tokens x [T,D] on a CPU, of a dtype that
-// products with few rows have (csrc/cpu/few_rows.cpp), nothing that a gradient is wanted of, no autocast.
+// products with few rows have (csrc/cpu/few_rows.h), nothing that a gradient is wanted of, no autocast.
 bool are_few(const Tensor& x, const Tensors& others) {
   constexpr int64_t most_tokens = 64;
   return x.dim() == 2 && x.size(0) <= most_tokens && x.is_cpu() &&
-         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) && !wants_gradient(x) &&
-         !want_gradients(others) && !at::autocast::is_autocast_enabled(at::kCPU);
+         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf) &&
+         !wants_gradient(x) && !want_gradients(others) && !at::autocast::is_autocast_enabled(at::kCPU);
 }
 
 using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -44,7 +44,7 @@ def make(dtype=torch.float32, **options):
     return MoE(16, 24, 8, dtype=dtype, **options).eval()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 16), (7, 16), (2, 3, 16), (64, 16), (0, 16)], ids=str)
 @torch.no_grad()
 def test_equals_an_ordinary_call(shape, dtype, brief):

@@ -1,5 +1,6 @@
 // Products with few rows, as in decoding, where the machine has the instructions for them.
 #pragma once
+#include "few_rows_kernel.h"
 #include "matrix.h"
 
 namespace tutelx {
@@ -17,9 +18,8 @@ class FewRows {
   void times(const Matrix& b, const Matrix& c, const char* after) const;
 
  private:
-  const char* rows_ = nullptr;  // [chunk][row], in the thread's own memory
-  int64_t count_ = 0, bytes_ = 0, chunk_ = 0;
-  at::ScalarType dtype_ = at::kFloat;
+  const FewRowsKernel* kernel_ = nullptr;
+  LaidOut x_;  // in the thread's own memory
 };
 
 }  // namespace tutelx

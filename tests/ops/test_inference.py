@@ -29,7 +29,7 @@ def test_gives_the_bits_of_its_parts(case, gated, dtype):
     assert (map.layout, map.capacity, map.num_experts) == ("ragged", None, case.num_experts)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("hidden", [512, 1100])
 def test_gives_the_bits_of_its_parts_at_the_sizes_of_a_model(hidden, dtype):
     """Tokens that crowd one expert, rows of several pages, more slots than experts."""
@@ -60,7 +60,7 @@ def test_with_the_gate_before_it(settings, dtype):
     assert (found.map.num_experts, found.map.layout) == (6, "ragged")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("tokens", [17, 64, 150])
 def test_with_the_gate_before_it_at_the_sizes_of_a_model(tokens, dtype):
     """So many that all threads choose at once."""

@@ -11,7 +11,7 @@ from tests.tolerance import TOLERANCE, assert_close
 from tutelx import ops
 
 kernel = torch.ops.tutelx.linear
-QUICK = (torch.float32, torch.bfloat16)
+QUICK = (torch.float32, torch.bfloat16, torch.float16)
 # Up to rows of some chunks and pages.
 INPUTS = st.integers(1, 150) | st.sampled_from([512, 1023, 1024, 1100, 2081])
 

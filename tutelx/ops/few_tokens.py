@@ -10,5 +10,5 @@ _are_few = getattr(calls, "are_few", None)  # a build without Python's headers h
 
 
 def are_few(x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """x: the tokens [T, M], float32 or bfloat16. others: what else a gradient could be wanted of."""
+    """x: the tokens [T, M], float32, bfloat16 or float16. others: what else a gradient could be wanted of."""
     return not torch.compiler.is_compiling() and _are_few is not None and _are_few(x, others)

@@ -1,0 +1,223 @@
+// Products with few rows, for any vectors: what they cost is one read of the weights. Included by one file for each
+// instruction set, which defines TUTELX_VECTORS, the attribute of functions that use it, and its Numbers.
+//
+// A core reads fastest along one stream, or along several that lie pages apart. So one output is summed at a time, or
+// eight where each fills a page, while the sums keep up; else two. A sum goes over chunks of the inputs, of which the
+// rows stay in the first cache. What comes later is asked for ahead, into the second cache, and in the order in which it
+// lies in memory, in whichever order it is used: the hardware does not look past a page, drops requests while many are
+// under way, and reads slower out of order.
+//
+// A Number is how one dtype is summed:
+//   size                            bytes of a weight
+//   Vector, four_sums               of sums; the sums of four vectors' lanes
+//   step, parts                     so many bytes of weights are summed as so many vectors
+//   weight(at, part), weight_left   those; of fewer bytes than a step, zeros after them
+//   add_product(sum, x, weight)
+//   lay_out(from, bytes, to)        inputs as they are multiplied with weights, zeros up to a whole line of them
+//   store(sums, n, to)
+// and what is quickest with them:
+//   pairs, eights, alone            so many rows at most are summed for two, eight and one output at a time,
+//   alone_bytes                     if those that are summed for one are no larger together
+//   group                           outputs that one chunk of the rows is used for
+//   in_order                        whether what lies ahead of several outputs is asked for line by line in its order,
+//                                   else one line of each in turns
+#pragma once
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include "few_rows_kernel.h"
+#include "parallel.h"
+
+namespace tutelx {
+namespace {
+
+constexpr int64_t kPage = 4096, kMostOutputs = 32;  // of a group
+
+// Bytes of inputs for each of the weights they are multiplied with.
+template <class Number>
+constexpr int64_t kWider = Number::parts * sizeof(typename Number::Vector) / Number::step;
+// Rows a power of two apart would share the few places of one set.
+template <class Number>
+constexpr int64_t kRowStride = kChunk * kWider<Number> + kLine;
+
+// sums[r][o] += sum[r][o], kMostOutputs a row.
+template <class Number, int R>
+TUTELX_VECTORS TUTELX_INLINE void add_sums(const typename Number::Vector (&sum)[R][1], float* sums) {
+  for (int r = 0; r < R; r += 4) {
+    const auto row = [&](int i) -> const typename Number::Vector& { return sum[std::min(r + i, R - 1)][0]; };
+    float of_row[4];
+    _mm_storeu_ps(of_row, Number::four_sums(row(0), row(1), row(2), row(3)));
+    for (int i = 0; i < std::min(4, R - r); ++i) sums[(r + i) * kMostOutputs] += of_row[i];
+  }
+}
+template <class Number, int R>
+TUTELX_VECTORS TUTELX_INLINE void add_sums(const typename Number::Vector (&sum)[R][8], float* sums) {
+  for (int r = 0; r < R; ++r)
+    for (int o = 0; o < 8; o += 4) {
+      float* const to = sums + r * kMostOutputs + o;
+      const __m128 four = Number::four_sums(sum[r][o], sum[r][o + 1], sum[r][o + 2], sum[r][o + 3]);
+      _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), four));
+    }
+}
+template <class Number, int R>
+TUTELX_VECTORS TUTELX_INLINE void add_sums(const typename Number::Vector (&sum)[R][2], float* sums) {
+  for (int r = 0; r < R; r += 2) {
+    const int other = std::min(r + 1, R - 1);
+    const auto at = [&](int row) { return reinterpret_cast<__m64*>(sums + row * kMostOutputs); };
+    const __m128 before = _mm_loadh_pi(_mm_loadl_pi(_mm_setzero_ps(), at(r)), at(other));
+    const __m128 after = _mm_add_ps(before, Number::four_sums(sum[r][0], sum[r][1], sum[other][0], sum[other][1]));
+    _mm_storel_pi(at(r), after);
+    _mm_storeh_pi(at(other), after);
+  }
+}
+
+// Weights that are asked for while others are summed: of several outputs, so many bytes apart.
+struct Ahead {
+  const char* weights;
+  int64_t stride;
+};
+
+// R rows times O outputs over one chunk of `bytes`.
+template <class Number, int R, int O>
+TUTELX_VECTORS TUTELX_INLINE void block(const char* rows, const char* weights, int64_t stride, int64_t bytes,
+                                        Ahead ahead, float* sums) {
+  using Vector = typename Number::Vector;
+  Vector sum[R][O];
+  for (int r = 0; r < R; ++r)
+    for (int o = 0; o < O; ++o) sum[r][o] = Vector{};
+  const auto add = [&](const char* row, const Vector(&weight)[O]) TUTELX_VECTORS {
+    for (int r = 0; r < R; ++r) {
+      Vector x = *reinterpret_cast<const Vector*>(row + r * kRowStride<Number>);
+      asm("" : "+v"(x));  // else it is loaded for every product, and loads are what the loop is short of
+      for (int o = 0; o < O; ++o) sum[r][o] = Number::add_product(sum[r][o], x, weight[o]);
+    }
+  };
+  int64_t byte = 0;
+  Vector weight[O];
+  for (; byte + kLine <= bytes; byte += kLine) {
+    for (int o = 0; o < O; ++o)
+      __builtin_prefetch(
+          ahead.weights + (Number::in_order ? byte * O + o * kLine : byte + o * ahead.stride), 0, 2);
+    for (int64_t at = byte; at < byte + kLine; at += Number::step)
+      for (int part = 0; part < Number::parts; ++part) {
+        for (int o = 0; o < O; ++o) weight[o] = Number::weight(weights + o * stride + at, part);
+        add(rows + at * kWider<Number> + part * sizeof(Vector), weight);
+      }
+  }
+  for (; byte < bytes; byte += Number::step)
+    for (int part = 0; part < Number::parts; ++part) {
+      const int64_t left = std::min(Number::step, bytes - byte);
+      for (int o = 0; o < O; ++o) weight[o] = Number::weight_left(weights + o * stride + byte, left, part);
+      add(rows + byte * kWider<Number> + part * sizeof(Vector), weight);
+    }
+  add_sums<Number>(sum, sums);
+}
+
+// Weights in the order in which they lie, from some output on, in parts of `part` bytes, `parts` to an output.
+struct Stream {
+  const char *weights, *after;  // after: what follows the last output
+  int64_t outputs, stride, part, parts;
+
+  const char* at(int64_t i) const {
+    const int64_t output = parts == 1 ? i : i / parts, byte = (i - output * parts) * part;
+    return (output < outputs ? weights + output * stride : after + (output - outputs) * stride) + byte;
+  }
+};
+
+// Some rows times a group of outputs.
+struct Pass {
+  const char* rows;                // [chunk][row], kRowStride apart
+  int64_t rows_a_chunk, chunk;     // bytes: of all rows' chunk, and of an output's
+  const char* weights;             // of the first output
+  int64_t stride, bytes, outputs;  // bytes between two outputs' weights, and of an output's
+  const Stream& stream;
+  int64_t ask, asked, passes;  // the outputs of so many passes ask for the parts from `ask` on; `asked` came before
+  float* sums;
+};
+
+template <class Number, int R, int O>
+TUTELX_VECTORS TUTELX_INLINE void chunks(const Pass& p, int64_t output) {
+  const char *weights = p.weights + output * p.stride, *rows = p.rows;
+  // Each pass asks at its share of the outputs; at the others for what is there already.
+  const int64_t turn = (p.asked + output) / O, part = p.ask + turn / p.passes * O;
+  Ahead ahead{weights, p.stride};
+  if (turn % p.passes == 0) ahead = {p.stream.at(part), O > 1 ? p.stream.at(part + 1) - p.stream.at(part) : 0};
+  for (int64_t byte = 0; byte < p.bytes; byte += p.chunk, rows += p.rows_a_chunk) {
+    block<Number, R, O>(rows, weights + byte, p.stride, std::min(p.chunk, p.bytes - byte), ahead, p.sums + output);
+    ahead.weights += Number::in_order ? O * p.chunk : p.chunk;
+  }
+}
+template <class Number, int R, int O>
+TUTELX_VECTORS void pass(const Pass& p) {
+  int64_t o = 0;
+  for (; o + O <= p.outputs; o += O) chunks<Number, R, O>(p, o);
+  for (; o < p.outputs; ++o) chunks<Number, R, 1>(p, o);
+}
+using PassOf = void (*)(const Pass&);
+template <class Number, int O, size_t... R>
+constexpr std::array<PassOf, sizeof...(R)> passes(std::index_sequence<R...>) {
+  return {pass<Number, R + 1, O>...};  // by the rows less one
+}
+template <class Number, int O, int64_t most>
+constexpr std::array<PassOf, most> kPasses = passes<Number, O>(std::make_index_sequence<most>());
+
+// How rows are gone through.
+struct Way {
+  const PassOf* passes;
+  int64_t rows;       // the most of a pass
+  bool whole;         // whether a pass takes all inputs, or one chunk of them
+  int64_t ahead = 0;  // if it does: how many bytes of weights ahead it asks
+};
+template <class Number>
+Way way_of(int64_t rows, int64_t bytes) {
+  constexpr int64_t eights = Number::eights, alone = Number::alone, pairs = Number::pairs;
+  if constexpr (eights > 0)
+    if (rows <= eights && bytes >= kPage) return {kPasses<Number, 8, eights>.data(), eights, true, 8 * bytes};
+  if constexpr (alone > 0)
+    if (rows <= alone && rows * bytes * kWider<Number> <= Number::alone_bytes)
+      return {kPasses<Number, 1, alone>.data(), alone, true, 8192};
+  return {kPasses<Number, 2, pairs>.data(), pairs, false};
+}
+
+template <class Number>
+void lay_out_rows(const Rows& rows, int64_t bytes, int64_t chunk, char* to) {
+  for (int64_t byte = 0; byte < bytes; byte += chunk)
+    for (int64_t r = 0; r < rows.of.rows; ++r, to += kRowStride<Number>)
+      Number::lay_out(rows.row(r) + byte, std::min(chunk, bytes - byte), to);
+}
+
+template <class Number>
+void multiply_rows(const LaidOut& x, const Matrix& b, const Matrix& c, const char* after) {
+  const int64_t bytes = x.bytes, stride = b.col_stride * Number::size, rows_a_chunk = x.count * kRowStride<Number>;
+  const Way way = way_of<Number>(x.count, bytes);
+  const int64_t span = way.whole ? std::max(bytes, kLine) : x.chunk, spans = (bytes + span - 1) / span;
+  const int64_t blocks = (x.count + way.rows - 1) / way.rows;
+  float sums[kMostRows * kMostOutputs];
+  for (int64_t o = 0; o < b.cols; o += Number::group) {
+    const int64_t outputs = std::min(Number::group, b.cols - o);
+    const char* const weights = b.data + o * stride;
+    const Stream stream{weights, after ? after : weights, b.cols - o, stride, span, spans};
+    std::fill_n(sums, x.count * kMostOutputs, 0.0f);
+    for (int64_t s = 0; s < spans; ++s) {
+      const int64_t ask = way.whole ? std::max(way.ahead / bytes, int64_t{2}) : (spans + s) * outputs;
+      for (int64_t i = 0, row = 0, several; i < blocks; ++i, row += several) {
+        several = (x.count - row + blocks - i - 1) / (blocks - i);
+        way.passes[several - 1]({x.rows + s * rows_a_chunk + row * kRowStride<Number>, rows_a_chunk, x.chunk,
+                                 weights + s * span, stride, std::min(span, bytes - s * span), outputs, stream, ask,
+                                 i * outputs, blocks, sums + row * kMostOutputs});
+      }
+    }
+    for (int64_t r = 0; r < x.count; ++r)
+      Number::store(sums + r * kMostOutputs, outputs, c.data + (r * c.row_stride + o) * Number::size);
+  }
+}
+
+template <class Number>
+constexpr FewRowsKernel kernel_of() {
+  return {lay_out_rows<Number>, multiply_rows<Number>, kRowStride<Number>};
+}
+
+}  // namespace
+}  // namespace tutelx
