@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "module_state.h"
+
 namespace tutelx {
 namespace {
 
@@ -116,6 +118,8 @@ PYBIND11_MODULE(_calls, m) {
   define(m, "gated_inference", static_cast<GatedInference*>(nullptr));
   define_gated_inference_if_few(m);
   m.def("are_few", &are_few);
+  m.def("state_of", &state_of);
+  m.def("is_state_of", &is_state_of);
   define(m, "route",
          static_cast<Four (*)(const Tensor&, int64_t, std::optional<int64_t>, bool, const OptionalTensor&)>(nullptr));
   define(m, "encode", static_cast<Tensor (*)(const Tensor&, const Tensor&, const Tensor&)>(nullptr));

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -141,6 +142,68 @@ def test_changes_after_the_first_call_are_seen(brief, tmp_path):
     assert runs(layer, x.bfloat16(), brief) == 2
     layer.experts.up_proj.zero_()
     assert layer(x.bfloat16()).abs().max() == 0
+
+
+def replace_up(layer):
+    layer.experts.up_proj = torch.nn.Parameter(-layer.experts.up_proj)
+
+
+def swap_gate_and_up(layer):
+    experts = layer.experts
+    gate, up = experts.gate_proj, experts.up_proj
+    parameters = {"up_proj": gate, "gate_proj": up, "down_proj": experts.down_proj}  # equal values in equal order
+    experts._parameters.clear()
+    experts._parameters.update(parameters)
+
+
+def parametrize(layer):
+    torch.nn.utils.parametrize.register_parametrization(layer.experts, "down_proj", Doubled())
+    layer.experts.parametrizations.down_proj.original.mul_(3)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+CHANGES = {
+    "another parameter": replace_up,
+    "parameters under each other's names": swap_gate_and_up,
+    "a parametrization": parametrize,
+    "another activation": lambda layer: setattr(layer.experts, "activation", "relu"),
+    "another configuration": lambda layer: setattr(layer.gate, "config", TopK(k=2, score="sigmoid")),
+    "another gate": lambda layer: setattr(layer, "gate", make(gate=TopK(k=3)).gate),
+    "another k": lambda layer: setattr(layer, "top_k", 4),
+    "a capacity": lambda layer: setattr(layer, "capacity", Capacity.fixed(0.5)),
+    "training": lambda layer: layer.train(),
+    "weights in their place": lambda layer: layer.load_state_dict(make(activation="relu").state_dict(), assign=True),
+    "values in their place": lambda layer: layer.experts.down_proj.data.mul_(2),
+    "in float64": lambda layer: layer.double().float(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_calls_like_one_before_see_every_change(change, brief):
+    layer, x = make(), tensor(3, 16)
+    assert runs(layer, x, brief, times=4) == 3
+    change(layer)
+    expected = copy.deepcopy(layer)(x)
+    for _ in range(3):
+        assert torch.equal(layer(x), expected)
+
+
+@torch.no_grad()
+def test_weights_that_others_took_the_place_of_are_freed(brief):
+    layer, x = make(), tensor(3, 16)
+    runs(layer, x, brief, times=4)
+    before = weakref.ref(layer.experts.up_proj)
+    layer.load_state_dict(make().state_dict(), assign=True)
+    assert before() is None
+    last = weakref.ref(layer.experts.up_proj)
+    runs(layer, x, brief, times=4)
+    del layer
+    assert last() is None
 
 
 @pytest.mark.parametrize("config", [TopK(k=3, normalize=False), TopK(k=2, score="sigmoid")], ids=str)

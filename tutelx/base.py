@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tutelx import ops
-from tutelx.brief import BriefCalls
+from tutelx.brief import BriefCall, BriefCalls
 from tutelx.choices import Choosing
 from tutelx.dispatch import Dispatch, Request, dispatch_here, dispatch_over_ranks
 from tutelx.errors import InvalidTypeError, InvalidValueError
@@ -116,14 +116,12 @@ class MoEBase(nn.Module):
         capacity: Capacity | None = None,
         plan: Plan | None = None,
     ) -> torch.Tensor:
-        own = self.capacity if self.training or self.eval_capacity is None else self.eval_capacity
+        own = self._own_capacity
         if capacity is None and plan is None and self._may_be_brief() and self._is_input(x):
             k = self.top_k if top_k is None else top_k
-            whole_call = self._brief.gate_and_run(_flat(x), gate, experts, k, own, self.planner)
+            whole_call = self._brief.gate_and_run(_flat(x), gate, experts, self._modules, k, own, self.planner)
             if whole_call is not None:
-                y_TM, decision, make_stats = whole_call
-                self._last.end(decision, make_stats, {})
-                return _shaped(y_TM, x)
+                return self._end_brief(whole_call, x)
         with self._prepared():
             x = self._check_input(x)
             tokens_TM = x_TM = _flat(x)
@@ -187,6 +185,19 @@ class MoEBase(nn.Module):
             self._brief.keep(x_TM, routing, capacity, self.planner, step.decision)
         return _shaped(y_TM, x)
 
+    def _again(self, x: torch.Tensor, top_k: int | None) -> torch.Tensor | None:
+        """What `_run` gives with the layer's own modules, if it ran such a call before; sooner."""
+        if type(x) is not torch.Tensor or not self._is_input(x) or not self._may_be_brief():
+            return None
+        k = self.top_k if top_k is None else top_k
+        brief = self._brief.again(_flat(x), self._modules, k, self._own_capacity, self.planner)
+        return None if brief is None else self._end_brief(brief, x)
+
+    def _end_brief(self, brief: BriefCall, x: torch.Tensor) -> torch.Tensor:
+        y_TM, decision, make_stats = brief
+        self._last.end(decision, make_stats, {})
+        return _shaped(y_TM, x)
+
     def _compute(self, x_TM: torch.Tensor, weights_TK: torch.Tensor, experts: Experts, step: Dispatch) -> torch.Tensor:
         """The tokens to their experts and back, as it was decided."""
         call, map, plan = step.call, step.map, step.decision.plan
@@ -196,6 +207,14 @@ class MoEBase(nn.Module):
             map, weights_TK = call.map, call.spread(weights_TK)
             rows_RM = experts.across(ops.encode(x_TM, map), call, plan)
         return ops.decode(rows_RM, map, weights_TK if rows_RM.dtype != torch.float64 else weights_TK.to(rows_RM.dtype))
+
+    @property
+    def _own_capacity(self) -> Capacity:
+        return self.capacity if self.training or self.eval_capacity is None else self.eval_capacity
+
+    def _load_from_state_dict(self, *args, **named) -> None:
+        self._brief.forget()  # else weights that others take the place of would stay until the next call
+        super()._load_from_state_dict(*args, **named)
 
     def _may_be_brief(self) -> bool:
         return self.ranks is None and self.policies is None and not self.batch_prioritized

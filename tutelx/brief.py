@@ -9,23 +9,34 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from tutelx import ops
 from tutelx.experts import Experts
 from tutelx.gates import Gate, TopKGate
 from tutelx.ops._checks import wants_gradient
+from tutelx.ops._library import calls
 from tutelx.ops.few_tokens import are_few
 from tutelx.stats import RoutingStats
 from tutelx.stopwatch import are_timed
 from tutelx.types import Capacity, Decision, Planner, Routing
 
-_Key = tuple[int, int, torch.dtype, int, bool]
-
+_Key = tuple[int, int | None, torch.dtype, int, bool]
+_state_of = getattr(calls, "state_of", None)  # a build without Python's headers asks every time
+_Modules = dict[str, nn.Module | None]
 
 # y [T, M], how it came about, and what makes its statistics.
 BriefCall = tuple[torch.Tensor, Decision, Callable[[], RoutingStats]]
+
+
+class _Step(NamedTuple):
+    """What a call ran. arguments: of `ops.gated_inference_if_few`."""
+
+    decision: Decision
+    arguments: tuple
 
 
 class BriefCalls:
@@ -34,6 +45,8 @@ class BriefCalls:
     def __init__(self) -> None:
         self._planner: Planner | None = None
         self._decisions: dict[_Key, Decision] = {}
+        self._steps: dict[_Key, _Step] = {}
+        self._state: tuple = ()  # of the modules that the steps are from
 
     def __deepcopy__(self, memo: dict) -> BriefCalls:
         return BriefCalls()
@@ -41,16 +54,33 @@ class BriefCalls:
     def __reduce__(self) -> tuple:
         return BriefCalls, ()
 
+    def forget(self) -> None:
+        """Lets go of the weights of the last calls, of which there may be others now."""
+        self._steps, self._state = {}, ()
+
+    def again(
+        self, x: torch.Tensor, modules: _Modules, top_k: int | None, capacity: Capacity, planner: Planner
+    ) -> BriefCall | None:
+        """What `gate_and_run` gives, sooner: if it ran such a call before, and the modules are as they were then."""
+        step = self._steps.get(_key(x, top_k))
+        if step is None or planner is not self._planner or not _is_quiet(capacity):
+            return None
+        return _run_step(step, x) if calls.is_state_of(self._state, modules) else None
+
     def gate_and_run(
         self,
         x: torch.Tensor,
         gate: Gate,
         experts: Experts,
+        modules: _Modules,
         top_k: int | None,
         capacity: Capacity,
         planner: Planner,
     ) -> BriefCall | None:
-        """None if the call is not of this kind, the first with so many tokens, or the gate does more than a router."""
+        """None if the call is not of this kind, the first with so many tokens, or the gate does more than a router.
+
+        modules: the layer's own.
+        """
         if planner is not self._planner or not isinstance(gate, TopKGate) or not _is_quiet(capacity):
             return None
         router = gate.router()
@@ -60,8 +90,7 @@ class BriefCalls:
         network = None if decision is None else experts.network()
         if decision is None or network is None:
             return None
-        found = ops.gated_inference_if_few(
-            x,
+        arguments = ops.gated_arguments(
             router.weight,
             network.weights,
             top_k=decision.workload.top_k,
@@ -71,10 +100,18 @@ class BriefCalls:
             tile_rows=decision.plan.tile_rows,
             tile_columns=decision.plan.tile_columns,
         )
-        if found is None:
-            return None
-        y, fields = found
-        return y, decision, lambda: RoutingStats(ops.GatedInference(*fields()).map)
+        step = _Step(decision, arguments)
+        if isinstance(experts, Experts) and {gate, experts} <= set(modules.values()):
+            self._keep_step(_key(x, top_k), step, modules)
+        return _run_step(step, x)
+
+    def _keep_step(self, key: _Key, step: _Step, modules: _Modules) -> None:
+        if _state_of is None or torch.compiler.is_compiling():
+            return
+        state = _state_of(modules)
+        if len(state) != len(self._state) or not calls.is_state_of(self._state, modules):
+            self._steps, self._state = {}, state
+        self._steps[key] = step
 
     def run(
         self, x: torch.Tensor, routing: Routing, experts: Experts, capacity: Capacity, planner: Planner
@@ -104,9 +141,18 @@ class BriefCalls:
             return
         if planner is not self._planner:
             self._planner, self._decisions = planner, {}
+            self.forget()
         if (decision.plan.layout, decision.plan.expert_kernel) == ("ragged", "tiled"):
             reason = f"{decision.reason}; asked once for {x.shape[0]} tokens without a gradient"
             self._decisions[_key(x, routing.expert_ids.shape[1])] = replace(decision, reason=reason)
+
+
+def _run_step(step: _Step, x: torch.Tensor) -> BriefCall | None:
+    found = ops.gated_inference_if_few(x, step.arguments)
+    if found is None:
+        return None
+    y, fields = found
+    return y, step.decision, lambda: RoutingStats(ops.GatedInference(*fields()).map)
 
 
 def _is_quiet(capacity: Capacity) -> bool:
@@ -128,5 +174,5 @@ def _fits(weights: ops.ExpertWeights, x: torch.Tensor) -> bool:
     return weights.up[0].dtype == x.dtype and not wants_gradient(*chain.from_iterable(weights.lists()))
 
 
-def _key(x: torch.Tensor, top_k: int) -> _Key:
+def _key(x: torch.Tensor, top_k: int | None) -> _Key:
     return x.shape[0], top_k, x.dtype, torch.get_num_threads(), torch.is_grad_enabled()

@@ -86,7 +86,8 @@ def test_a_token_without_a_choice_stops_all_threads():
 
 def if_few(x, router, experts):
     settings = {"top_k": 2, "score": "softmax", "normalize": True, "activation": "silu"}
-    return ops.gated_inference_if_few(x, router, experts, tile_rows=64, tile_columns=64, **settings)
+    arguments = ops.gated_arguments(router, experts, tile_rows=64, tile_columns=64, **settings)
+    return ops.gated_inference_if_few(x, arguments)
 
 
 def test_few_tokens_and_nothing_else_to_do():

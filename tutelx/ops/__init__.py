@@ -7,7 +7,13 @@ from tutelx.ops.encode import encode
 from tutelx.ops.expert_ffn import ExpertWeights, expert_ffn
 from tutelx.ops.expert_linear import expert_linear
 from tutelx.ops.gate import Gated, gate
-from tutelx.ops.inference import GatedInference, gated_inference, gated_inference_if_few, inference
+from tutelx.ops.inference import (
+    GatedInference,
+    gated_arguments,
+    gated_inference,
+    gated_inference_if_few,
+    inference,
+)
 from tutelx.ops.linear import linear
 from tutelx.ops.route import route
 
@@ -22,6 +28,7 @@ __all__ = [
     "expert_ffn",
     "expert_linear",
     "gate",
+    "gated_arguments",
     "gated_inference",
     "gated_inference_if_few",
     "inference",

@@ -100,8 +100,7 @@ def gated_inference(
     return GatedInference(*call(x, router, top_k, score, normalize, *lists, activation, tile_rows, tile_columns))
 
 
-def gated_inference_if_few(
-    x: torch.Tensor,
+def gated_arguments(
     router: torch.Tensor,
     experts: ExpertWeights,
     *,
@@ -111,14 +110,23 @@ def gated_inference_if_few(
     activation: Activation,
     tile_rows: int,
     tile_columns: int,
+) -> tuple:
+    """What :func:`gated_inference_if_few` takes after x, for many calls."""
+    return router, top_k, score, normalize, *experts.lists(), activation, tile_rows, tile_columns
+
+
+def gated_inference_if_few(
+    x: torch.Tensor, arguments: tuple
 ) -> tuple[torch.Tensor, Callable[[], tuple[torch.Tensor, ...]]] | None:
     """y of :func:`gated_inference` and what makes its fields, if nothing is lost by calling that: x has few tokens, all
     have its dtype, no gradient is wanted, no profiler runs, nothing is traced or cast. All that is asked in one call,
     since each question from Python takes as long as a small operator.
+
+    Args:
+        x: [T, M].
+        arguments: of :func:`gated_arguments`.
     """
-    if _if_few is None or torch.compiler.is_compiling():
-        return None
-    return _if_few(x, router, top_k, score, normalize, *experts.lists(), activation, tile_rows, tile_columns)
+    return None if _if_few is None or torch.compiler.is_compiling() else _if_few(x, *arguments)
 
 
 def _check_no_gradient(names: str, first: torch.Tensor, second: torch.Tensor, lists: tuple[Tensors, ...]) -> None:
