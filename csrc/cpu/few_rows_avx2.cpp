@@ -1,4 +1,5 @@
-// Products with few rows by AVX2. Narrow numbers are widened, weights when they are used, inputs when they are laid out.
+// Products with few rows by AVX2. Narrow numbers are widened, weights when they are used, inputs when they are laid
+// out.
 #include "few_rows_kernel.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -70,8 +70,7 @@ struct BFloat16 : AsTheyAre {
   TUTELX_VECTORS static void store(const float* sums, int64_t n, char* to) {
     for (int64_t i = 0; i < n; i += 16) {
       const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(sums + i));
-      _mm256_mask_storeu_epi16(to + i * size, static_cast<__mmask16>(first(n - i)),
-                               reinterpret_cast<__m256i>(rounded));
+      _mm256_mask_storeu_epi16(to + i * size, static_cast<__mmask16>(first(n - i)), reinterpret_cast<__m256i>(rounded));
     }
   }
 };

@@ -3,9 +3,9 @@
 //
 // A core reads fastest along one stream, or along several that lie pages apart. So one output is summed at a time, or
 // eight where each fills a page, while the sums keep up; else two. A sum goes over chunks of the inputs, of which the
-// rows stay in the first cache. What comes later is asked for ahead, into the second cache, and in the order in which it
-// lies in memory, in whichever order it is used: the hardware does not look past a page, drops requests while many are
-// under way, and reads slower out of order.
+// rows stay in the first cache. What comes later is asked for ahead, into the second cache, and in the order in which
+// it lies in memory, in whichever order it is used: the hardware does not look past a page, drops requests while many
+// are under way, and reads slower out of order.
 //
 // A Number is how one dtype is summed:
 //   size                            bytes of a weight
@@ -98,8 +98,7 @@ TUTELX_VECTORS TUTELX_INLINE void block(const char* rows, const char* weights, i
   Vector weight[O];
   for (; byte + kLine <= bytes; byte += kLine) {
     for (int o = 0; o < O; ++o)
-      __builtin_prefetch(
-          ahead.weights + (Number::in_order ? byte * O + o * kLine : byte + o * ahead.stride), 0, 2);
+      __builtin_prefetch(ahead.weights + (Number::in_order ? byte * O + o * kLine : byte + o * ahead.stride), 0, 2);
     for (int64_t at = byte; at < byte + kLine; at += Number::step)
       for (int part = 0; part < Number::parts; ++part) {
         for (int o = 0; o < O; ++o) weight[o] = Number::weight(weights + o * stride + at, part);

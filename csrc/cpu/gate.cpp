@@ -22,25 +22,31 @@ namespace tutelx {
 namespace {
 
 // The compiler's own vector types: it does not turn comparisons of floating-point lanes into vector code by itself.
+// Wider ones than a machine has become single numbers, so several of 32 bytes make up kLanes.
 template <class W>
 struct Vectors {
   using Index = std::conditional_t<sizeof(W) == 4, int32_t, int64_t>;
-  typedef W Value __attribute__((vector_size(kLanes * sizeof(W))));
-  typedef Index Indices __attribute__((vector_size(kLanes * sizeof(W))));
+  static constexpr int64_t lanes = 32 / sizeof(W), count = kLanes / lanes;
+  typedef W Value __attribute__((vector_size(32)));
+  typedef Index Indices __attribute__((vector_size(32)));
 };
 
 // The largest of P values; NaN is never larger.
 template <class W>
 TUTELX_INLINE W largest(const W* value, int64_t P) {
-  typename Vectors<W>::Value best = {}, v;
-  best -= std::numeric_limits<W>::infinity();
-  for (int64_t e = 0; e < P; e += kLanes) {
-    std::memcpy(&v, value + e, sizeof v);
-    best = v > best ? v : best;
-  }
-  W lane[kLanes];
-  std::memcpy(lane, &best, sizeof lane);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+  using V = Vectors<W>;
+  typename V::Value best[V::count], v;
+  for (auto& b : best) b = typename V::Value{} - std::numeric_limits<W>::infinity();
+  for (int64_t e = 0; e < P; e += kLanes)
+    for (int64_t i = 0; i < V::count; ++i) {
+      std::memcpy(&v, value + e + i * V::lanes, sizeof v);
+      best[i] = v > best[i] ? v : best[i];
+    }
+  for (int64_t half = V::count / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) best[i] = best[i + half] > best[i] ? best[i + half] : best[i];
+  W lane[V::lanes];
+  std::memcpy(lane, best, sizeof lane);
+  for (int64_t half = V::lanes / 2; half > 0; half /= 2)
     for (int64_t i = 0; i < half; ++i) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
   return lane[0];
 }
@@ -48,19 +54,24 @@ TUTELX_INLINE W largest(const W* value, int64_t P) {
 // The lowest index of a value among P, which holds it.
 template <class W>
 TUTELX_INLINE int32_t first_of(const W* value, W wanted, int64_t P) {
-  using Index = typename Vectors<W>::Index;
-  typename Vectors<W>::Value v;
-  typename Vectors<W>::Indices at, here;
-  Index lane[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) lane[i] = static_cast<Index>(P - kLanes + i);
+  using V = Vectors<W>;
+  using Index = typename V::Index;
+  typename V::Value v;
+  typename V::Indices at[V::count], here;
+  Index lane[V::lanes];
+  for (int64_t i = 0; i < V::lanes; ++i) lane[i] = static_cast<Index>(i);
   std::memcpy(&here, lane, sizeof here);
-  at = here + kLanes;
-  for (int64_t e = P - kLanes; e >= 0; e -= kLanes, here -= kLanes) {
-    std::memcpy(&v, value + e, sizeof v);
-    at = v == wanted ? here : at;
-  }
-  std::memcpy(lane, &at, sizeof lane);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+  for (auto& a : at) a = here + static_cast<Index>(P);
+  here += static_cast<Index>(P - kLanes);
+  for (int64_t e = P - kLanes; e >= 0; e -= kLanes, here -= static_cast<Index>(kLanes))
+    for (int64_t i = 0; i < V::count; ++i) {
+      std::memcpy(&v, value + e + i * V::lanes, sizeof v);
+      at[i] = v == wanted ? here + static_cast<Index>(i * V::lanes) : at[i];
+    }
+  for (int64_t half = V::count / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) at[i] = at[i + half] < at[i] ? at[i + half] : at[i];
+  std::memcpy(lane, at, sizeof lane);
+  for (int64_t half = V::lanes / 2; half > 0; half /= 2)
     for (int64_t i = 0; i < half; ++i) lane[i] = lane[i + half] < lane[i] ? lane[i + half] : lane[i];
   return static_cast<int32_t>(lane[0]);
 }
