@@ -35,29 +35,27 @@ at::Tensor decode(const at::Tensor& rows, const at::Tensor& dest, const at::Tens
 namespace {
 
 // One row: out = weight * grad, and the dot product of grad with the row. Many partial sums keep the vector
-// units busy and fix the order of the additions.
+// units busy and fix the order of the additions. A loop for each: in one, rounding keeps the other from being vectors.
 template <class T>
 TUTELX_INLINE wide_t<T> scale_and_dot(const T* __restrict grad, const T* __restrict row, const T* next,
                                       wide_t<T> weight, T* __restrict out, int64_t D, bool stream) {
-  constexpr int64_t at_once = kPiece / sizeof(T);
-  wide_t<T> part[at_once] = {};
+  constexpr int64_t at_once = kPiece / sizeof(T), sums = 32;
+  wide_t<T> part[sums] = {};
   int64_t d = 0;
   for (; d + at_once <= D; d += at_once) {
     expect_piece(next + d);
     alignas(64) T held[at_once];
-    for (int64_t j = 0; j < at_once; ++j) {
-      const wide_t<T> g = load(grad[d + j]);
-      part[j] += g * load(row[d + j]);
-      held[j] = store<T>(weight * g);
-    }
+    for (int64_t k = d; k < d + at_once; k += sums)
+      for (int64_t j = 0; j < sums; ++j) part[j] += load(grad[k + j]) * load(row[k + j]);
+    for (int64_t j = 0; j < at_once; ++j) held[j] = store<T>(weight * load(grad[d + j]));
     write_piece(out + d, held, stream);
   }
-  for (int64_t j = 0; d < D; ++d, ++j) {
+  for (int64_t j = 0; d < D; ++d, j = (j + 1) % sums) {
     const wide_t<T> g = load(grad[d]);
     part[j] += g * load(row[d]);
     out[d] = store<T>(weight * g);
   }
-  for (int64_t half = at_once / 2; half > 0; half /= 2)
+  for (int64_t half = sums / 2; half > 0; half /= 2)
     for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
   return part[0];
 }
