@@ -5,6 +5,7 @@
 
 #include "few_rows.h"
 #include "matrix.h"
+#include "wide_products.h"
 
 namespace tutelx {
 
@@ -23,6 +24,7 @@ class Products {
       return;
     }
     TORCH_INTERNAL_ASSERT(!a_.slots);
+    if (widens(a_.of.dtype)) return multiply_wide(a_.of, b, c, false);
     at::Tensor out = c.tensor();
     at::cpu::mm_out(out, a_.of.tensor(), b.tensor());
   }
@@ -36,6 +38,7 @@ class Products {
 // c = a @ b, or c += a @ b.
 inline void multiply(const Matrix& a, const Matrix& b, const Matrix& c, bool add = false) {
   if (!add) return Products(Rows{a}).into(b, c);
+  if (widens(a.dtype)) return multiply_wide(a, b, c, true);
   at::Tensor out = c.tensor();
   at::cpu::addmm_out(out, out, a.tensor(), b.tensor());
 }
