@@ -12,6 +12,7 @@
 #include "forward.h"
 #include "gather_sum.h"
 #include "inverse.h"
+#include "pairs.h"
 #include "parallel.h"
 #include "scalar.h"
 #include "stream.h"
@@ -34,28 +35,50 @@ at::Tensor decode(const at::Tensor& rows, const at::Tensor& dest, const at::Tens
 
 namespace {
 
-// One row: out = weight * grad, and the dot product of grad with the row. Many partial sums keep the vector
-// units busy and fix the order of the additions. A loop for each: in one, rounding keeps the other from being vectors.
+constexpr int64_t kSums = 32;  // partial ones, which keep the vector units busy and fix the order of the additions
+
+// One piece: held = weight * grad, and sum += grad * row.
+template <class T>
+TUTELX_INLINE void scale_and_dot_piece(const T* grad, const T* row, wide_t<T> weight, T* held, wide_t<T>* sum) {
+  constexpr int64_t at_once = kPiece / sizeof(T);
+  for (int64_t k = 0; k < at_once; k += kSums)
+    for (int64_t j = 0; j < kSums; ++j) {
+      const wide_t<T> g = load(grad[k + j]);
+      sum[j] += g * load(row[k + j]);
+      held[k + j] = store<T>(weight * g);
+    }
+}
+TUTELX_INLINE void scale_and_dot_piece(const c10::BFloat16* grad, const c10::BFloat16* row, float weight,
+                                       c10::BFloat16* held, float* sum) {
+  constexpr int64_t half = kSums / 2;
+  for (int64_t k = 0; k < kPiece / 2; k += kSums)
+    for (int64_t j = 0; j < half; ++j) {
+      const Pair g = load_pair(grad + k + 2 * j), r = load_pair(row + k + 2 * j);
+      sum[j] += g.first * r.first;
+      sum[j + half] += g.second * r.second;
+      store_pair(held + k + 2 * j, weight * g.first, weight * g.second);
+    }
+}
+
+// One row: out = weight * grad, and the dot product of grad with the row.
 template <class T>
 TUTELX_INLINE wide_t<T> scale_and_dot(const T* __restrict grad, const T* __restrict row, const T* next,
                                       wide_t<T> weight, T* __restrict out, int64_t D, bool stream) {
-  constexpr int64_t at_once = kPiece / sizeof(T), sums = 32;
-  wide_t<T> part[sums] = {};
+  constexpr int64_t at_once = kPiece / sizeof(T);
+  wide_t<T> part[kSums] = {};
   int64_t d = 0;
   for (; d + at_once <= D; d += at_once) {
     expect_piece(next + d);
     alignas(64) T held[at_once];
-    for (int64_t k = d; k < d + at_once; k += sums)
-      for (int64_t j = 0; j < sums; ++j) part[j] += load(grad[k + j]) * load(row[k + j]);
-    for (int64_t j = 0; j < at_once; ++j) held[j] = store<T>(weight * load(grad[d + j]));
+    scale_and_dot_piece(grad + d, row + d, weight, held, part);
     write_piece(out + d, held, stream);
   }
-  for (int64_t j = 0; d < D; ++d, j = (j + 1) % sums) {
+  for (int64_t j = 0; d < D; ++d, j = (j + 1) % kSums) {
     const wide_t<T> g = load(grad[d]);
     part[j] += g * load(row[d]);
     out[d] = store<T>(weight * g);
   }
-  for (int64_t half = sums / 2; half > 0; half /= 2)
+  for (int64_t half = kSums / 2; half > 0; half /= 2)
     for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
   return part[0];
 }

@@ -4,6 +4,7 @@
 
 #include "../check.h"
 #include "buffers.h"
+#include "pairs.h"
 #include "parallel.h"
 #include "scalar.h"
 #include "stream.h"
@@ -12,6 +13,28 @@ namespace tutelx {
 namespace {
 
 constexpr int64_t kAtOnce = 8;  // rows summed in one sweep over the output
+
+// held[j] = sum_i weight[i] * row[i][d + j] for one piece.
+template <int N, class T>
+TUTELX_INLINE void sum_piece(const T* const* row, const wide_t<T>* weight, int64_t d, T* held) {
+  for (int64_t j = 0; j < kPiece / static_cast<int64_t>(sizeof(T)); ++j) {
+    wide_t<T> sum = weight[0] * load(row[0][d + j]);
+    for (int i = 1; i < N; ++i) sum += weight[i] * load(row[i][d + j]);
+    held[j] = store<T>(sum);
+  }
+}
+template <int N>
+TUTELX_INLINE void sum_piece(const c10::BFloat16* const* row, const float* weight, int64_t d, c10::BFloat16* held) {
+  for (int64_t j = 0; j < kPiece / 2; j += 2) {
+    Pair x = load_pair(row[0] + d + j);
+    float first = weight[0] * x.first, second = weight[0] * x.second;
+    for (int i = 1; i < N; ++i) {
+      x = load_pair(row[i] + d + j);
+      first += weight[i] * x.first, second += weight[i] * x.second;
+    }
+    store_pair(held + j, first, second);
+  }
+}
 
 // out[d] = sum_i weight[i] * row[i][d]. One sweep for each count of rows, so that the compiler keeps the sum in a
 // register and the output is written once. Meanwhile the rows of `next` are asked for.
@@ -23,11 +46,7 @@ TUTELX_INLINE void sum_rows(const T* const* row, const wide_t<T>* weight, const 
   for (; d + at_once <= D; d += at_once) {
     for (int i = 0; i < N; ++i) expect_piece(next[i] + d);
     alignas(64) T held[at_once];
-    for (int64_t j = 0; j < at_once; ++j) {
-      wide_t<T> sum = weight[0] * load(row[0][d + j]);
-      for (int i = 1; i < N; ++i) sum += weight[i] * load(row[i][d + j]);
-      held[j] = store<T>(sum);
-    }
+    sum_piece<N>(row, weight, d, held);
     write_piece(out + d, held, stream);
   }
   for (; d < D; ++d) {
