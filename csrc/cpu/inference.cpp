@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kMostSums = 16;     // items that the tokens' sums are cut into
 constexpr int64_t kGatedTokens = 16;  // of an item; fewer tokens of all leave a thread without one
+constexpr int64_t kRouterOutputs = 16;
 
 using Step = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -101,11 +102,7 @@ GatedStep gated_inference(const at::Tensor& x, const at::Tensor& router, int64_t
   const FfnWeights experts(gate_weights, up, down, gate_bias, up_bias, down_bias, tokens, E);
   const Act act = parse_activation(activation);
   const TileSize size(tile_rows, tile_columns);
-  const auto some = [&](int64_t i, bool multiplied) {
-    const int64_t token = i * kGatedTokens, count = std::min(kGatedTokens, T - token);
-    if (!multiplied) product.some(token, count, 0, E);
-    gate.tokens(token, token + count);
-  };
+  const auto choose = [&](int64_t i) { gate.tokens(i * kGatedTokens, std::min(T, (i + 1) * kGatedTokens)); };
   const auto with_choices = [&](const Step& step) -> GatedStep {
     const auto& [y, dest, source, counts, offsets] = step;
     return {y, dest, source, counts, offsets, product.out(), gate.ids(), gate.weights()};
@@ -113,25 +110,34 @@ GatedStep gated_inference(const at::Tensor& x, const at::Tensor& router, int64_t
   // A gate never chooses an expert twice for a token.
   if (!product.bits_are_fixed() || !takes_slots(matrix_of(tokens), std::min(T, size.rows), experts)) {
     product.all();
-    parallel_items(items, [&](int64_t i) { some(i, true); });
+    parallel_items(items, choose);
     return with_choices(inference(tokens, gate.ids(), gate.weights(), E, gate_weights, up, down, gate_bias, up_bias,
                                   down_bias, activation, tile_rows, tile_columns));
   }
 
-  const int64_t chosen = E + 1, prepared = E + 2;  // parts of the progress, after those of the experts
-  Progress progress(E + 3);
+  // Of few tokens the router is cut by its outputs, of more by the tokens.
+  const int64_t blocks = items <= 1 ? (E + kRouterOutputs - 1) / kRouterOutputs : 0;
+  const int64_t multiplied = E + 1, chosen = E + 2, prepared = E + 3;  // parts of the progress, after the experts'
+  Progress progress(E + 4);
+  for (int64_t i = 0; i < blocks; ++i) progress.expect(multiplied);
   for (int64_t i = 0; i < items; ++i) progress.expect(chosen);
   progress.expect(prepared);
-  // A large router for a few tokens is cut by its outputs.
-  const bool multiplied = T <= kGatedTokens && product.products() >= kWakeProducts;
-  if (multiplied) product.all();
   Turns turns;
   std::optional<AfterGate> rest;
   const int64_t used = std::min(E, T * k), columns = std::max(experts.hidden_dim, experts.model_dim);
   const int64_t tiles = used * ((columns + size.columns - 1) / size.columns);  // at most, of one product
   parallel_team(std::max(tiles, items), ffn_bytes(experts, used, T * k), progress, [&](bool is_caller) {
-    turns.take(items, progress, [&](int64_t i) {
-      some(i, multiplied);
+    turns.take(blocks + items, progress, [&](int64_t i) {
+      if (i < blocks) {
+        const int64_t output = i * kRouterOutputs;
+        product.some(0, T, output, std::min(kRouterOutputs, E - output));
+        progress.finish(multiplied);
+        return;
+      }
+      const int64_t token = (i - blocks) * kGatedTokens;
+      if (blocks == 0) product.some(token, std::min(kGatedTokens, T - token), 0, E);
+      if (!progress.wait(multiplied)) return;
+      choose(i - blocks);
       progress.finish(chosen);
     });
     if (is_caller && progress.wait(chosen)) {
