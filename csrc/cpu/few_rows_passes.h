@@ -13,7 +13,7 @@
 //   step, parts                     so many bytes of weights are summed as so many vectors
 //   weight(at, part), weight_left   those; of fewer bytes than a step, zeros after them
 //   add_product(sum, x, weight)
-//   lay_out(from, bytes, to)        inputs as they are multiplied with weights, zeros up to a whole line of them
+//   lay_out(from, bytes, to)        inputs as they are multiplied with weights, zeros up to a whole step
 //   store(sums, n, to)
 // and what is quickest with them:
 //   pairs, eights, alone            so many rows at most are summed for two, eight and one output at a time,

@@ -39,6 +39,7 @@ def describe(device: torch.device, *, threads: int | None = None) -> dict[str, A
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads or torch.get_num_threads(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "caches": caches(),
         "memory": _meminfo("MemTotal"),
         "device": device.type,

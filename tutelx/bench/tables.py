@@ -18,8 +18,9 @@ Record = dict[str, Any]
 def machine(run: Run) -> str:
     about = run["machine"]
     caches = ", ".join(f"{name} {_bytes(size)}" for name, size in about["caches"].items()) or "caches unknown"
+    vectors = f" ({about['vectors']})" if about["device"] == "cpu" and "vectors" in about else ""
     return (
-        f"{about['device_name']}, {about['threads']} of {about['cores']} cores, {caches},"
+        f"{about['device_name']}{vectors}, {about['threads']} of {about['cores']} cores, {caches},"
         f" torch {about['torch']}, tutelx {about['tutelx']}"
     )
 
