@@ -33,10 +33,11 @@ BriefCall = tuple[torch.Tensor, Decision, Callable[[], RoutingStats]]
 
 
 class _Step(NamedTuple):
-    """What a call ran. arguments: of `ops.gated_inference_if_few`."""
+    """What a call ran. arguments: of `ops.gated_inference_if_few`; state: of the modules that they are from."""
 
     decision: Decision
     arguments: tuple
+    state: tuple
 
 
 class BriefCalls:
@@ -45,8 +46,7 @@ class BriefCalls:
     def __init__(self) -> None:
         self._planner: Planner | None = None
         self._decisions: dict[_Key, Decision] = {}
-        self._steps: dict[_Key, _Step] = {}
-        self._state: tuple = ()  # of the modules that the steps are from
+        self._steps: dict[_Key, _Step] = {}  # all of the same modules
 
     def __deepcopy__(self, memo: dict) -> BriefCalls:
         return BriefCalls()
@@ -56,7 +56,7 @@ class BriefCalls:
 
     def forget(self) -> None:
         """Lets go of the weights of the last calls, of which there may be others now."""
-        self._steps, self._state = {}, ()
+        self._steps = {}
 
     def again(
         self, x: torch.Tensor, modules: _Modules, top_k: int | None, capacity: Capacity, planner: Planner
@@ -65,7 +65,7 @@ class BriefCalls:
         step = self._steps.get(_key(x, top_k))
         if step is None or planner is not self._planner or not _is_quiet(capacity):
             return None
-        return _run_step(step, x) if calls.is_state_of(self._state, modules) else None
+        return _run(step.decision, step.arguments, x) if calls.is_state_of(step.state, modules) else None
 
     def gate_and_run(
         self,
@@ -100,18 +100,16 @@ class BriefCalls:
             tile_rows=decision.plan.tile_rows,
             tile_columns=decision.plan.tile_columns,
         )
-        step = _Step(decision, arguments)
         if isinstance(experts, Experts) and {gate, experts} <= set(modules.values()):
-            self._keep_step(_key(x, top_k), step, modules)
-        return _run_step(step, x)
+            self._keep_step(_key(x, top_k), decision, arguments, modules)
+        return _run(decision, arguments, x)
 
-    def _keep_step(self, key: _Key, step: _Step, modules: _Modules) -> None:
+    def _keep_step(self, key: _Key, decision: Decision, arguments: tuple, modules: _Modules) -> None:
         if _state_of is None or torch.compiler.is_compiling():
             return
-        state = _state_of(modules)
-        if len(state) != len(self._state) or not calls.is_state_of(self._state, modules):
-            self._steps, self._state = {}, state
-        self._steps[key] = step
+        if any(not calls.is_state_of(step.state, modules) for step in self._steps.values()):
+            self._steps = {}
+        self._steps[key] = _Step(decision, arguments, _state_of(modules))
 
     def run(
         self, x: torch.Tensor, routing: Routing, experts: Experts, capacity: Capacity, planner: Planner
@@ -147,12 +145,12 @@ class BriefCalls:
             self._decisions[_key(x, routing.expert_ids.shape[1])] = replace(decision, reason=reason)
 
 
-def _run_step(step: _Step, x: torch.Tensor) -> BriefCall | None:
-    found = ops.gated_inference_if_few(x, step.arguments)
+def _run(decision: Decision, arguments: tuple, x: torch.Tensor) -> BriefCall | None:
+    found = ops.gated_inference_if_few(x, arguments)
     if found is None:
         return None
     y, fields = found
-    return y, step.decision, lambda: RoutingStats(ops.GatedInference(*fields()).map)
+    return y, decision, lambda: RoutingStats(ops.GatedInference(*fields()).map)
 
 
 def _is_quiet(capacity: Capacity) -> bool:
