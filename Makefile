@@ -70,7 +70,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
-	@echo "compiling the C++ extension (about a minute on two cores)"
+	@echo "compiling the C++ extension (some minutes on two cores)"
 	$(PIP) install --no-build-isolation -e .
 	@touch $@
 
