@@ -187,7 +187,9 @@ class MoEBase(nn.Module):
 
     def _again(self, x: torch.Tensor, top_k: int | None) -> torch.Tensor | None:
         """What `_run` gives with the layer's own modules, if it ran such a call before; sooner."""
-        if type(x) is not torch.Tensor or not self._is_input(x) or not self._may_be_brief():
+        if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+            return None
+        if not self._is_input(x) or not self._may_be_brief():
             return None
         k = self.top_k if top_k is None else top_k
         brief = self._brief.again(_flat(x), self._modules, k, self._own_capacity, self.planner)

@@ -63,7 +63,7 @@ def test_printed_losses(line):
     torch.manual_seed(0)
     x = torch.randn(2, 64, 32).to(dtype)
     target = torch.zeros(2, dtype=torch.long)
-    printed = []
+    losses = []
     for _ in range(6):
         optimizer.zero_grad()
         loss = F.nll_loss(F.log_softmax(layer(x).sum(dim=2), dim=1), target)
@@ -71,5 +71,6 @@ def test_printed_losses(line):
             loss = loss + float(given["l_aux_wt"]) * layer.l_aux
         loss.backward()
         optimizer.step()
-        printed.append(f"{loss.item():.5f}")
-    assert " ".join(printed) == RECORDED[line]
+        losses.append(loss.item())
+    # Half a unit of the last digit, and what float32 rounds: in float64 one of them is 4.809195000.
+    assert losses == pytest.approx([float(printed) for printed in RECORDED[line].split()], rel=0, abs=5e-6 + 1e-6)
