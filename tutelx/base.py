@@ -187,7 +187,7 @@ class MoEBase(nn.Module):
 
     def _again(self, x: torch.Tensor, top_k: int | None) -> torch.Tensor | None:
         """What `_run` gives with the layer's own modules, if it ran such a call before; sooner."""
-        if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+        if torch.compiler.is_compiling() or not self._brief.steps or type(x) is not torch.Tensor:
             return None
         if not self._is_input(x) or not self._may_be_brief():
             return None

@@ -25,7 +25,6 @@ from tutelx.stopwatch import are_timed
 from tutelx.types import Capacity, Decision, Planner, Routing
 
 _Key = tuple[int, int | None, torch.dtype, int, bool]
-_state_of = getattr(calls, "state_of", None)  # a build without Python's headers asks every time
 _Modules = dict[str, nn.Module | None]
 
 # y [T, M], how it came about, and what makes its statistics.
@@ -46,7 +45,7 @@ class BriefCalls:
     def __init__(self) -> None:
         self._planner: Planner | None = None
         self._decisions: dict[_Key, Decision] = {}
-        self._steps: dict[_Key, _Step] = {}  # all of the same modules
+        self.steps: dict[_Key, _Step] = {}  # all of the same modules; none where there is nothing to do again
 
     def __deepcopy__(self, memo: dict) -> BriefCalls:
         return BriefCalls()
@@ -56,13 +55,13 @@ class BriefCalls:
 
     def forget(self) -> None:
         """Lets go of the weights of the last calls, of which there may be others now."""
-        self._steps = {}
+        self.steps = {}
 
     def again(
         self, x: torch.Tensor, modules: _Modules, top_k: int | None, capacity: Capacity, planner: Planner
     ) -> BriefCall | None:
         """What `gate_and_run` gives, sooner: if it ran such a call before, and the modules are as they were then."""
-        step = self._steps.get(_key(x, top_k))
+        step = self.steps.get(_key(x, top_k))
         if step is None or planner is not self._planner or not _is_quiet(capacity):
             return None
         return _run(step.decision, step.arguments, x) if calls.is_state_of(step.state, modules) else None
@@ -100,16 +99,16 @@ class BriefCalls:
             tile_rows=decision.plan.tile_rows,
             tile_columns=decision.plan.tile_columns,
         )
-        if isinstance(experts, Experts) and {gate, experts} <= set(modules.values()):
+        found = _run(decision, arguments, x)
+        if found is not None and isinstance(experts, Experts) and {gate, experts} <= set(modules.values()):
             self._keep_step(_key(x, top_k), decision, arguments, modules)
-        return _run(decision, arguments, x)
+        return found
 
     def _keep_step(self, key: _Key, decision: Decision, arguments: tuple, modules: _Modules) -> None:
-        if _state_of is None or torch.compiler.is_compiling():
-            return
-        if any(not calls.is_state_of(step.state, modules) for step in self._steps.values()):
-            self._steps = {}
-        self._steps[key] = _Step(decision, arguments, _state_of(modules))
+        state = next((step.state for step in self.steps.values()), None)
+        if state is None or not calls.is_state_of(state, modules):
+            self.steps, state = {}, calls.state_of(modules)
+        self.steps[key] = _Step(decision, arguments, state)
 
     def run(
         self, x: torch.Tensor, routing: Routing, experts: Experts, capacity: Capacity, planner: Planner

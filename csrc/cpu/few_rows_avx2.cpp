@@ -73,14 +73,7 @@ struct Whole : Number {
     std::memcpy(line, at, bytes);
     return Number::weight(line, part);
   }
-  TUTELX_VECTORS static void lay_out(const char* from, int64_t bytes, char* to) {
-    for (int64_t byte = 0; byte < bytes; byte += Number::step)
-      for (int part = 0; part < Number::parts; ++part, to += sizeof(__m256)) {
-        const bool whole = bytes - byte >= Number::step;
-        const __m256 wide = whole ? Number::weight(from + byte, part) : weight_left(from + byte, bytes - byte, part);
-        _mm256_storeu_ps(reinterpret_cast<float*>(to), wide);
-      }
-  }
+  static void lay_out(const char* from, int64_t bytes, char* to) { widen_inputs<Whole>(from, bytes, to); }
 };
 
 }  // namespace

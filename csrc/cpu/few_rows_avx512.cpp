@@ -32,6 +32,9 @@ struct Avx512 {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   }
+  TUTELX_VECTORS TUTELX_INLINE static __m512 add_product(const __m512& sum, const __m512& x, const __m512& weight) {
+    return _mm512_fmadd_ps(x, weight, sum);
+  }
   TUTELX_VECTORS TUTELX_INLINE static __mmask64 first(int64_t bytes) {
     return bytes < 64 ? (__mmask64{1} << bytes) - 1 : ~__mmask64{0};
   }
@@ -55,9 +58,6 @@ struct AsTheyAre : Avx512 {
 
 struct Float32 : AsTheyAre {
   static constexpr int64_t size = 4;
-  TUTELX_VECTORS TUTELX_INLINE static __m512 add_product(const __m512& sum, const __m512& x, const __m512& weight) {
-    return _mm512_fmadd_ps(x, weight, sum);
-  }
   static void store(const float* sums, int64_t n, char* to) { std::memcpy(to, sums, n * size); }
 };
 
@@ -84,15 +84,7 @@ struct Half : Avx512 {
   TUTELX_VECTORS TUTELX_INLINE static __m512 weight_left(const char* at, int64_t bytes, int) {
     return _mm512_cvtph_ps(_mm512_castsi512_si256(some(at, bytes)));
   }
-  TUTELX_VECTORS TUTELX_INLINE static __m512 add_product(const __m512& sum, const __m512& x, const __m512& weight) {
-    return _mm512_fmadd_ps(x, weight, sum);
-  }
-  TUTELX_VECTORS static void lay_out(const char* from, int64_t bytes, char* to) {
-    for (int64_t byte = 0; byte < bytes; byte += step) {
-      const __m512 wide = bytes - byte < step ? weight_left(from + byte, bytes - byte, 0) : weight(from + byte, 0);
-      _mm512_storeu_ps(to + byte * 2, wide);
-    }
-  }
+  static void lay_out(const char* from, int64_t bytes, char* to) { widen_inputs<Half>(from, bytes, to); }
   TUTELX_VECTORS static void store(const float* sums, int64_t n, char* to) {
     for (int64_t i = 0; i < n; i += 16)
       _mm256_mask_storeu_epi16(to + i * size, static_cast<__mmask16>(first(n - i)),

@@ -42,6 +42,18 @@ constexpr int64_t kWider = Number::parts * sizeof(typename Number::Vector) / Num
 template <class Number>
 constexpr int64_t kRowStride = kChunk * kWider<Number> + kLine;
 
+// Inputs as what their weights become when they are used.
+template <class Number>
+TUTELX_VECTORS void widen_inputs(const char* from, int64_t bytes, char* to) {
+  using Vector = typename Number::Vector;
+  for (int64_t byte = 0; byte < bytes; byte += Number::step)
+    for (int part = 0; part < Number::parts; ++part, to += sizeof(Vector)) {
+      const bool whole = bytes - byte >= Number::step;
+      *reinterpret_cast<Vector*>(to) =
+          whole ? Number::weight(from + byte, part) : Number::weight_left(from + byte, bytes - byte, part);
+    }
+}
+
 // sums[r][o] += sum[r][o], kMostOutputs a row.
 template <class Number, int R>
 TUTELX_VECTORS TUTELX_INLINE void add_sums(const typename Number::Vector (&sum)[R][1], float* sums) {

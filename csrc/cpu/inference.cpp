@@ -18,7 +18,6 @@ namespace {
 
 constexpr int64_t kMostSums = 16;     // items that the tokens' sums are cut into
 constexpr int64_t kGatedTokens = 16;  // of an item; fewer tokens of all leave a thread without one
-constexpr int64_t kRouterOutputs = 16;
 
 using Step = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -116,7 +115,7 @@ GatedStep gated_inference(const at::Tensor& x, const at::Tensor& router, int64_t
   }
 
   // Of few tokens the router is cut by its outputs, of more by the tokens.
-  const int64_t blocks = items <= 1 ? (E + kRouterOutputs - 1) / kRouterOutputs : 0;
+  const int64_t blocks = items <= 1 ? (E + kTileOutputs - 1) / kTileOutputs : 0;
   const int64_t multiplied = E + 1, chosen = E + 2, prepared = E + 3;  // parts of the progress, after the experts'
   Progress progress(E + 4);
   for (int64_t i = 0; i < blocks; ++i) progress.expect(multiplied);
@@ -129,8 +128,8 @@ GatedStep gated_inference(const at::Tensor& x, const at::Tensor& router, int64_t
   parallel_team(std::max(tiles, items), ffn_bytes(experts, used, T * k), progress, [&](bool is_caller) {
     turns.take(blocks + items, progress, [&](int64_t i) {
       if (i < blocks) {
-        const int64_t output = i * kRouterOutputs;
-        product.some(0, T, output, std::min(kRouterOutputs, E - output));
+        const int64_t output = i * kTileOutputs;
+        product.some(0, T, output, std::min(kTileOutputs, E - output));
         progress.finish(multiplied);
         return;
       }

@@ -12,7 +12,7 @@
 namespace tutelx {
 namespace {
 
-constexpr int64_t kTileTokens = 64, kTileOutputs = 16;
+constexpr int64_t kTileTokens = 64;
 
 }  // namespace
 

@@ -6,6 +6,8 @@
 
 namespace tutelx {
 
+constexpr int64_t kTileOutputs = 16;  // of one task
+
 // All of it, or some tokens and outputs at a time for a caller that has its own threads.
 class TokenLinear {
  public:

@@ -22,13 +22,6 @@ TUTELX_INLINE Pair load_pair(const c10::BFloat16* from) {
   return out;
 }
 
-// The bits of the nearest bfloat16 in the upper half, as `store` rounds it.
-TUTELX_INLINE uint32_t rounded_bits(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  const bool is_nan = static_cast<int32_t>(bits & 0x7FFFFFFFu) > 0x7F800000;
-  return is_nan ? 0x7FC00000u : bits + 0x7FFFu + ((bits >> 16) & 1u);
-}
 TUTELX_INLINE void store_pair(c10::BFloat16* to, float first, float second) {
   const uint32_t word = (rounded_bits(first) >> 16) | (rounded_bits(second) & 0xFFFF0000u);
   std::memcpy(to, &word, sizeof word);

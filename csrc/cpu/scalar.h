@@ -44,14 +44,16 @@ template <class T>
 TUTELX_INLINE T store(wide_t<T> v) {
   return v;
 }
-template <>
-TUTELX_INLINE c10::BFloat16 store<c10::BFloat16>(float v) {
+// The nearest bfloat16, ties to even, any NaN a quiet one: its bits are the upper half of these.
+TUTELX_INLINE uint32_t rounded_bits(float v) {
   uint32_t bits;
   std::memcpy(&bits, &v, sizeof bits);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const uint32_t quiet_nan = 0x7FC0u;
-  const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-  return c10::BFloat16(static_cast<uint16_t>(is_nan ? quiet_nan : rounded), c10::BFloat16::from_bits());
+  const bool is_nan = static_cast<int32_t>(bits & 0x7FFFFFFFu) > 0x7F800000;  // vectors compare signed numbers
+  return is_nan ? 0x7FC00000u : bits + 0x7FFFu + ((bits >> 16) & 1u);
+}
+template <>
+TUTELX_INLINE c10::BFloat16 store<c10::BFloat16>(float v) {
+  return c10::BFloat16(static_cast<uint16_t>(rounded_bits(v) >> 16), c10::BFloat16::from_bits());
 }
 template <>
 TUTELX_INLINE c10::Half store<c10::Half>(float v) {
