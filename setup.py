@@ -53,6 +53,7 @@ def wants_cuda() -> bool:
 
 
 CXX = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+HOLDING_CLASSES = [*CXX, "-fvisibility=hidden"]  # for Python, as pybind11 wants it
 # Without it at::parallel_for runs on one thread. Not for the linker: a second OpenMP library beside the one that torch
 # brings would have its own threads.
 CXX += ["-fopenmp"] if torch.backends.openmp.is_available() else ["-Wno-unknown-pragmas"]
@@ -74,13 +75,12 @@ def operators():
 
 def calls():
     """The operators as functions of Python, which ties it to the Python it was built with; so is the next."""
-    return CppExtension("tutelx._calls", ["csrc/calls.cpp"], extra_compile_args={"cxx": CXX})
+    return CppExtension("tutelx._calls", ["csrc/calls.cpp"], extra_compile_args={"cxx": HOLDING_CLASSES})
 
 
 def many_ranks():
-    """Classes that Python holds."""
     files = ["csrc/comm.cpp", *sources("csrc/comm/*.cpp")]
-    return CppExtension("tutelx._comm", files, extra_compile_args={"cxx": [*CXX, "-fvisibility=hidden"]})
+    return CppExtension("tutelx._comm", files, extra_compile_args={"cxx": HOLDING_CLASSES})
 
 
 class WithMeasurements(build_py):

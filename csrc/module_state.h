@@ -34,21 +34,35 @@ bool visit_modules(const pybind11::dict& modules, const Fn& fn) {
   return true;
 }
 
-inline pybind11::tuple state_of(const pybind11::dict& modules) {
+// Those attributes of a layer that are named, and its modules.
+template <class Fn>
+void visit_layer(pybind11::handle layer, const pybind11::tuple& settings, const Fn& fn) {
+  const auto attributes = pybind11::reinterpret_steal<pybind11::dict>(PyObject_GenericGetDict(layer.ptr(), nullptr));
+  if (!attributes) throw pybind11::error_already_set();
+  for (const pybind11::handle name : settings)
+    if (!fn(PyDict_GetItemWithError(attributes.ptr(), name.ptr()))) return;
+  visit_modules(attributes["_modules"], fn);
+}
+
+inline pybind11::tuple state_of(pybind11::handle layer, const pybind11::tuple& settings) {
   pybind11::list state;
-  visit_modules(modules, [&](PyObject* object) {
-    state.append(pybind11::handle(object));
+  visit_layer(layer, settings, [&](PyObject* object) {
+    state.append(object ? pybind11::handle(object) : pybind11::none());
     return true;
   });
   return pybind11::tuple(state);
 }
 
 // Whether it is made of the very same objects.
-inline bool is_state_of(const pybind11::tuple& state, const pybind11::dict& modules) {
+inline bool is_state_of(const pybind11::tuple& state, pybind11::handle layer, const pybind11::tuple& settings) {
   const Py_ssize_t size = PyTuple_GET_SIZE(state.ptr());
+  // They lie apart, and what was done since their last use has driven them from the cache.
+  for (Py_ssize_t i = 0; i < size; ++i) __builtin_prefetch(PyTuple_GET_ITEM(state.ptr(), i));
   Py_ssize_t i = 0;
-  const auto same = [&](PyObject* object) { return i < size && PyTuple_GET_ITEM(state.ptr(), i++) == object; };
-  return visit_modules(modules, same) && i == size;
+  bool is_same = true;
+  visit_layer(layer, settings,
+              [&](PyObject* object) { return is_same = i < size && PyTuple_GET_ITEM(state.ptr(), i++) == object; });
+  return is_same && i == size;
 }
 
 }  // namespace tutelx

@@ -9,7 +9,9 @@ import torch
 
 from tests.cases import tensor
 from tests.tolerance import assert_close
-from tutelx import Capacity, MoE, Plan, monitor, ops
+from tutelx import Capacity, MoE, Plan, monitor
+from tutelx.base import _LastCall
+from tutelx.brief import BriefCalls
 from tutelx.errors import InvalidTypeError, InvalidValueError
 from tutelx.gates import Switch, TopK, TopKGate
 from tutelx.planner import FixedPlanner, RulePlanner
@@ -18,23 +20,17 @@ from tutelx.scheduler import Scheduler, default_planner
 
 @pytest.fixture(params=["with the gate", "after the gate"])
 def brief(request, monkeypatch):
-    """Counts the calls that ran as one operator."""
+    """Lists the calls that ran as one operator."""
     calls = []
-    whole = request.param == "with the gate"
+    end = _LastCall.end
 
-    def count(name):
-        op = getattr(ops, name)
+    def counted(last, decision, *others):
+        if "asked once" in decision.reason:
+            calls.append(decision)
+        end(last, decision, *others)
 
-        def counted(*args, **named):
-            found = op(*args, **named)
-            if found is not None:
-                calls.append(name)
-            return found
-
-        monkeypatch.setattr(ops, name, counted)
-
-    count("gated_inference_if_few" if whole else "inference")
-    if not whole:
+    monkeypatch.setattr(_LastCall, "end", counted)
+    if request.param == "after the gate":
         monkeypatch.setattr(TopKGate, "router", lambda gate: None)
     return calls
 
@@ -191,6 +187,28 @@ def test_calls_like_one_before_see_every_change(change, brief):
     expected = copy.deepcopy(layer)(x)
     for _ in range(3):
         assert torch.equal(layer(x), expected)
+
+
+SAME_PARAMETERS = {"values in their place", "in float64"}
+
+
+@pytest.mark.parametrize("name", sorted(CHANGES.keys() - SAME_PARAMETERS))
+@torch.no_grad()
+def test_a_call_like_one_before_asks_for_nothing(name, monkeypatch):
+    asked = []
+    general = BriefCalls.gate_and_run
+    monkeypatch.setattr(BriefCalls, "gate_and_run", lambda *args: asked.append(args) or general(*args))
+    layer, others = make(top_k=2), [tensor(3, 16), tensor(1, 4, 16), tensor(16)]
+    for _ in range(2):
+        for x in others:
+            layer(x)
+    assert len(asked) == 6
+    for x in others:
+        assert torch.equal(layer(x), layer(x, plan=Plan()))
+    assert len(asked) == 6
+    CHANGES[name](layer)
+    layer(others[0])
+    assert len(asked) == 7
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tutelx import ops
-from tutelx.brief import BriefCall, BriefCalls
+from tutelx.brief import Brief, BriefCalls
 from tutelx.choices import Choosing
 from tutelx.dispatch import Dispatch, Request, dispatch_here, dispatch_over_ranks
 from tutelx.errors import InvalidTypeError, InvalidValueError
@@ -118,10 +118,9 @@ class MoEBase(nn.Module):
     ) -> torch.Tensor:
         own = self._own_capacity
         if capacity is None and plan is None and self._may_be_brief() and self._is_input(x):
-            k = self.top_k if top_k is None else top_k
-            whole_call = self._brief.gate_and_run(_flat(x), gate, experts, self._modules, k, own, self.planner)
+            whole_call = self._brief.gate_and_run(x, gate, experts, self, top_k, own, self.planner)
             if whole_call is not None:
-                return self._end_brief(whole_call, x)
+                return self._end_brief(whole_call)
         with self._prepared():
             x = self._check_input(x)
             tokens_TM = x_TM = _flat(x)
@@ -187,18 +186,13 @@ class MoEBase(nn.Module):
 
     def _again(self, x: torch.Tensor, top_k: int | None) -> torch.Tensor | None:
         """What `_run` gives with the layer's own modules, if it ran such a call before; sooner."""
-        if torch.compiler.is_compiling() or not self._brief.steps or type(x) is not torch.Tensor:
-            return None
-        if not self._is_input(x) or not self._may_be_brief():
-            return None
-        k = self.top_k if top_k is None else top_k
-        brief = self._brief.again(_flat(x), self._modules, k, self._own_capacity, self.planner)
-        return None if brief is None else self._end_brief(brief, x)
+        brief = self._brief.again(self, x, top_k)
+        return None if brief is None else self._end_brief(brief)
 
-    def _end_brief(self, brief: BriefCall, x: torch.Tensor) -> torch.Tensor:
-        y_TM, decision, make_stats = brief
+    def _end_brief(self, brief: Brief) -> torch.Tensor:
+        y, decision, make_stats = brief
         self._last.end(decision, make_stats, {})
-        return _shaped(y_TM, x)
+        return y
 
     def _compute(self, x_TM: torch.Tensor, weights_TK: torch.Tensor, experts: Experts, step: Dispatch) -> torch.Tensor:
         """The tokens to their experts and back, as it was decided."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -25,18 +25,30 @@ from tutelx.stopwatch import are_timed
 from tutelx.types import Capacity, Decision, Planner, Routing
 
 _Key = tuple[int, int | None, torch.dtype, int, bool]
-_Modules = dict[str, nn.Module | None]
 
-# y [T, M], how it came about, and what makes its statistics.
-BriefCall = tuple[torch.Tensor, Decision, Callable[[], RoutingStats]]
+# y, how it came about, and what makes its statistics.
+Brief = tuple[torch.Tensor, Decision, Callable[[], RoutingStats]]
+
+# The attributes of a layer that say how it runs. What it is made of besides are its modules.
+SETTINGS = (
+    "batch_prioritized",
+    "capacity",
+    "eval_capacity",
+    "model_dim",
+    "planner",
+    "policies",
+    "ranks",
+    "top_k",
+    "training",
+)
 
 
-class _Step(NamedTuple):
-    """What a call ran. arguments: of `ops.gated_inference_if_few`; state: of the modules that they are from."""
+class _Kept(NamedTuple):
+    """A call that ran. top_k: as it was asked for."""
 
+    top_k: int | None
+    call: ops.BriefCall
     decision: Decision
-    arguments: tuple
-    state: tuple
 
 
 class BriefCalls:
@@ -45,7 +57,8 @@ class BriefCalls:
     def __init__(self) -> None:
         self._planner: Planner | None = None
         self._decisions: dict[_Key, Decision] = {}
-        self.steps: dict[_Key, _Step] = {}  # all of the same modules; none where there is nothing to do again
+        self._kept: list[_Kept] = []  # all of the same state of the layer, the last one first
+        self._state: tuple = ()
 
     def __deepcopy__(self, memo: dict) -> BriefCalls:
         return BriefCalls()
@@ -55,41 +68,43 @@ class BriefCalls:
 
     def forget(self) -> None:
         """Lets go of the weights of the last calls, of which there may be others now."""
-        self.steps = {}
+        self._kept, self._state = [], ()
 
-    def again(
-        self, x: torch.Tensor, modules: _Modules, top_k: int | None, capacity: Capacity, planner: Planner
-    ) -> BriefCall | None:
-        """What `gate_and_run` gives, sooner: if it ran such a call before, and the modules are as they were then."""
-        step = self.steps.get(_key(x, top_k))
-        if step is None or planner is not self._planner or not _is_quiet(capacity):
+    def again(self, layer: nn.Module, x: object, top_k: int | None) -> Brief | None:
+        """What `gate_and_run` gives, sooner, for x [..., M]: if it ran such a call before, and the layer is as it was
+        then."""
+        if torch.compiler.is_compiling() or not self._kept or are_timed():
             return None
-        return _run(step.decision, step.arguments, x) if calls.is_state_of(step.state, modules) else None
+        found = calls.again(layer, SETTINGS, self._state, self._kept, x, top_k)
+        if found is None:
+            return None
+        y, decision, fields = found
+        return y, decision, _stats_of(fields)
 
     def gate_and_run(
         self,
         x: torch.Tensor,
         gate: Gate,
         experts: Experts,
-        modules: _Modules,
+        layer: nn.Module,
         top_k: int | None,
         capacity: Capacity,
         planner: Planner,
-    ) -> BriefCall | None:
-        """None if the call is not of this kind, the first with so many tokens, or the gate does more than a router.
-
-        modules: the layer's own.
-        """
+    ) -> Brief | None:
+        """y for x [..., M]. None if the call is not of this kind, the first with so many tokens, or the gate does more
+        than a router."""
         if planner is not self._planner or not isinstance(gate, TopKGate) or not _is_quiet(capacity):
             return None
         router = gate.router()
         if router is None:
             return None
-        decision = self._decisions.get(_key(x, router.top_k if top_k is None else top_k))
+        k = cast("int | None", layer.top_k) if top_k is None else top_k
+        decision = self._decisions.get(_key(x, router.top_k if k is None else k))
         network = None if decision is None else experts.network()
         if decision is None or network is None:
             return None
-        arguments = ops.gated_arguments(
+        call = ops.brief_call(
+            x,
             router.weight,
             network.weights,
             top_k=decision.workload.top_k,
@@ -99,20 +114,23 @@ class BriefCalls:
             tile_rows=decision.plan.tile_rows,
             tile_columns=decision.plan.tile_columns,
         )
-        found = _run(decision, arguments, x)
-        if found is not None and isinstance(experts, Experts) and {gate, experts} <= set(modules.values()):
-            self._keep_step(_key(x, top_k), decision, arguments, modules)
-        return found
+        found = None if call is None else call.run(x)
+        if call is None or found is None:
+            return None
+        if isinstance(experts, Experts) and {gate, experts} <= set(layer._modules.values()):
+            self._keep_call(_Kept(top_k, call, decision), x, layer)
+        y, fields = found
+        return y, decision, _stats_of(fields)
 
-    def _keep_step(self, key: _Key, decision: Decision, arguments: tuple, modules: _Modules) -> None:
-        state = next((step.state for step in self.steps.values()), None)
-        if state is None or not calls.is_state_of(state, modules):
-            self.steps, state = {}, calls.state_of(modules)
-        self.steps[key] = _Step(decision, arguments, state)
+    def _keep_call(self, kept: _Kept, x: torch.Tensor, layer: nn.Module) -> None:
+        if not self._kept or not calls.is_state_of(self._state, layer, SETTINGS):
+            self._kept, self._state = [], calls.state_of(layer, SETTINGS)
+        others = [other for other in self._kept if other.top_k != kept.top_k or not other.call.is_like(x)]
+        self._kept = [kept, *others]
 
     def run(
         self, x: torch.Tensor, routing: Routing, experts: Experts, capacity: Capacity, planner: Planner
-    ) -> BriefCall | None:
+    ) -> Brief | None:
         """The same after the gate."""
         if planner is not self._planner or not _is_brief(x, routing, capacity):
             return None
@@ -144,12 +162,8 @@ class BriefCalls:
             self._decisions[_key(x, routing.expert_ids.shape[1])] = replace(decision, reason=reason)
 
 
-def _run(decision: Decision, arguments: tuple, x: torch.Tensor) -> BriefCall | None:
-    found = ops.gated_inference_if_few(x, arguments)
-    if found is None:
-        return None
-    y, fields = found
-    return y, decision, lambda: RoutingStats(ops.GatedInference(*fields()).map)
+def _stats_of(fields: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], RoutingStats]:
+    return lambda: RoutingStats(ops.GatedInference(*fields()).map)
 
 
 def _is_quiet(capacity: Capacity) -> bool:
@@ -172,4 +186,4 @@ def _fits(weights: ops.ExpertWeights, x: torch.Tensor) -> bool:
 
 
 def _key(x: torch.Tensor, top_k: int | None) -> _Key:
-    return x.shape[0], top_k, x.dtype, torch.get_num_threads(), torch.is_grad_enabled()
+    return x.shape[:-1].numel(), top_k, x.dtype, torch.get_num_threads(), torch.is_grad_enabled()

@@ -84,10 +84,13 @@ def test_a_token_without_a_choice_stops_all_threads():
         ops.gated_inference(x, router, experts, top_k=8)
 
 
-def if_few(x, router, experts):
+def brief_call(x, router, experts):
     settings = {"top_k": 2, "score": "softmax", "normalize": True, "activation": "silu"}
-    arguments = ops.gated_arguments(router, experts, tile_rows=64, tile_columns=64, **settings)
-    return ops.gated_inference_if_few(x, arguments)
+    return ops.brief_call(x, router, experts, tile_rows=64, tile_columns=64, **settings)
+
+
+def if_few(x, router, experts):
+    return brief_call(x, router, experts).run(x)
 
 
 def test_few_tokens_and_nothing_else_to_do():
@@ -112,6 +115,24 @@ def test_few_tokens_and_nothing_else_to_do():
         assert if_few(x, router, experts) is None
     with torch.profiler.profile():
         assert if_few(x, router, experts) is None
+
+
+def test_a_brief_call_of_other_tokens():
+    x, router = tensor(6, 20), tensor(6, 20, seed=1)
+    experts = expert_weights(6, 20, 11, gated=True, bias=False, listed=True, dtype=torch.float32, grad=False)
+    call, other = brief_call(x, router, experts), tensor(2, 3, 20, seed=2)
+    y, fields = call.run(other)
+    expected = ops.gated_inference(other.reshape(6, 20), router, experts, top_k=2)
+    assert torch.equal(y, expected.y.reshape(2, 3, 20))
+    assert torch.equal(fields()[1], expected.dest)
+    assert call.is_like(other)
+    assert not any(call.is_like(t) for t in (tensor(7, 20), tensor(12, 10), torch.zeros(()), x.double()))
+    with torch.no_grad():
+        assert not call.is_like(x)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    assert not call.is_like(x)
+    torch.set_num_threads(threads)
 
 
 def test_gated_refusals_and_opcheck():

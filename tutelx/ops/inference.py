@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import chain
 from typing import NamedTuple
 
@@ -15,8 +14,6 @@ from tutelx.ops.activation import Activation
 from tutelx.ops.expert_ffn import ExpertWeights, Tensors
 from tutelx.ops.gate import Score, _wide
 from tutelx.types import DispatchMap
-
-_if_few = getattr(calls, "gated_inference_if_few", None)  # a build without Python's headers has none
 
 
 class GatedInference(NamedTuple):
@@ -98,35 +95,6 @@ def gated_inference(
     _check_no_gradient("x, router or experts", x, router, lists)
     call = kernels.gated_inference if torch.compiler.is_compiling() else calls.gated_inference
     return GatedInference(*call(x, router, top_k, score, normalize, *lists, activation, tile_rows, tile_columns))
-
-
-def gated_arguments(
-    router: torch.Tensor,
-    experts: ExpertWeights,
-    *,
-    top_k: int,
-    score: Score,
-    normalize: bool,
-    activation: Activation,
-    tile_rows: int,
-    tile_columns: int,
-) -> tuple:
-    """What :func:`gated_inference_if_few` takes after x, for many calls."""
-    return router, top_k, score, normalize, *experts.lists(), activation, tile_rows, tile_columns
-
-
-def gated_inference_if_few(
-    x: torch.Tensor, arguments: tuple
-) -> tuple[torch.Tensor, Callable[[], tuple[torch.Tensor, ...]]] | None:
-    """y of :func:`gated_inference` and what makes its fields, if nothing is lost by calling that: x has few tokens, all
-    have its dtype, no gradient is wanted, no profiler runs, nothing is traced or cast. All that is asked in one call,
-    since each question from Python takes as long as a small operator.
-
-    Args:
-        x: [T, M].
-        arguments: of :func:`gated_arguments`.
-    """
-    return None if _if_few is None or torch.compiler.is_compiling() else _if_few(x, *arguments)
 
 
 def _check_no_gradient(names: str, first: torch.Tensor, second: torch.Tensor, lists: tuple[Tensors, ...]) -> None:
