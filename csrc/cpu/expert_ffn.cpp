@@ -25,26 +25,23 @@ namespace {
 template <class T>
 class Task final : public FfnTask {
  public:
-  Task(const Rows& x, const Segments& segments, const FfnWeights& w, Act act, TileSize size, bool keep,
-       at::TensorOptions options, const Then& then, Progress& progress)
-      : x_(x),
-        w_(w),
-        act_(act),
-        keep_(keep),
-        then_(then),
-        progress_(progress),
-        all_outer_(segments.experts()),
-        inner_(cut(segments, w.hidden_dim, size)),
-        outer_(cut(segments, w.model_dim, size)) {
-    out_ = buffer({segments.rows, w.model_dim}, options);
-    hidden_ = buffer({segments.rows, w.hidden_dim}, options);
+  Task(int64_t rows, const FfnWeights& w, Act act, TileSize size, bool keep, at::TensorOptions options,
+       Progress& progress)
+      : w_(w), act_(act), size_(size), keep_(keep), progress_(progress) {
+    out_ = buffer({rows, w.model_dim}, options);
+    hidden_ = buffer({rows, w.hidden_dim}, options);
     if (keep && w.gate) gate_pre_ = buffer_like(hidden_);
     if (keep) up_pre_ = buffer_like(hidden_);
-    for (const Tile& t : inner_) progress.expect(t.expert);
-    for (size_t i = 0; i < outer_.size(); ++i) progress.expect(all_outer_);
   }
 
-  int64_t items() const override { return static_cast<int64_t>(inner_.size() + outer_.size()) + then_.items; }
+  void begin(const Rows& x, const Segments& segments, const Then& then) override {
+    x_ = x, then_ = &then, all_outer_ = segments.experts();
+    inner_ = cut(segments, w_.hidden_dim, size_), outer_ = cut(segments, w_.model_dim, size_);
+    for (const Tile& t : inner_) progress_.expect(t.expert);
+    for (size_t i = 0; i < outer_.size(); ++i) progress_.expect(all_outer_);
+  }
+
+  int64_t items() const override { return static_cast<int64_t>(inner_.size() + outer_.size()) + then_->items; }
   Forward result() const override {
     const auto or_empty = [&](const at::Tensor& t) { return t.defined() ? t : buffer({0}, out_.options()); };
     return {out_, or_empty(gate_pre_), or_empty(up_pre_)};
@@ -61,7 +58,7 @@ class Task final : public FfnTask {
       out_of_hidden(i - n);
       progress_.finish(all_outer_);
     } else if (progress_.wait(all_outer_)) {
-      then_.item(out_, i - n - m);
+      then_->item(out_, i - n - m);
     }
   }
 
@@ -109,25 +106,26 @@ class Task final : public FfnTask {
     return next < static_cast<int64_t>(tiles.size()) ? columns(weight, tiles[next]).data : nullptr;
   }
 
-  const Rows x_;
   const FfnWeights& w_;
   const Act act_;
+  const TileSize size_;
   const bool keep_;
-  const Then& then_;
   Progress& progress_;
-  const int64_t all_outer_, threads_ = at::get_num_threads();
-  const std::vector<Tile> inner_, outer_;
+  const int64_t threads_ = at::get_num_threads();
   at::Tensor out_, hidden_, gate_pre_, up_pre_;
+  Rows x_;
+  const Then* then_ = nullptr;
+  int64_t all_outer_ = 0;
+  std::vector<Tile> inner_, outer_;
 };
 
 }  // namespace
 
-std::unique_ptr<FfnTask> ffn_task(const Rows& x, const Segments& segments, const FfnWeights& weights, Act act,
-                                  TileSize size, bool keep, at::TensorOptions options, const Then& then,
-                                  Progress& progress) {
+std::unique_ptr<FfnTask> ffn_task(int64_t rows, const FfnWeights& weights, Act act, TileSize size, bool keep,
+                                  at::TensorOptions options, Progress& progress) {
   std::unique_ptr<FfnTask> task;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.of.dtype, "expert_ffn", [&] {
-    task.reset(new Task<scalar_t>(x, segments, weights, act, size, keep, options, then, progress));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, weights.up.dtype(), "expert_ffn", [&] {
+    task.reset(new Task<scalar_t>(rows, weights, act, size, keep, options, progress));
   });
   return task;
 }
@@ -154,8 +152,9 @@ Forward expert_ffn(const at::Tensor& rows, const at::Tensor& counts, const at::T
   const int64_t used = std::count_if(segments.of.begin(), segments.of.end(), [](const Span& s) { return s.size > 0; });
   const Then nothing;
   Progress progress(segments.experts() + 1);
-  const auto task = ffn_task(Rows{matrix_of(x)}, segments, weights, parse_activation(activation),
-                             TileSize(tile_rows, tile_columns), keep, x.options(), nothing, progress);
+  const auto task = ffn_task(segments.rows, weights, parse_activation(activation), TileSize(tile_rows, tile_columns),
+                             keep, x.options(), progress);
+  task->begin(Rows{matrix_of(x)}, segments, nothing);
   Turns turns;
   parallel_team(task->items(), ffn_bytes(weights, used, segments.rows), progress,
                 [&](bool) { turns.take(task->items(), progress, [&](int64_t i) { task->item(i); }); });

@@ -23,17 +23,18 @@ class FfnTask {
  public:
   virtual ~FfnTask() = default;
 
-  // What is expected of progress, of which the parts 0..E are this task's, is known before an item is taken. An item
-  // may wait for those before it.
+  // Before an item is taken. What is given here must outlive the task.
+  virtual void begin(const Rows& x, const Segments& segments, const Then& then) = 0;
+  // An item may wait for those before it.
   virtual int64_t items() const = 0;
   virtual void item(int64_t i) = 0;
   virtual Forward result() const = 0;
 };
 
-// keep: the pre-activations, for a backward. What is given here must outlive the task.
-std::unique_ptr<FfnTask> ffn_task(const Rows& x, const Segments& segments, const FfnWeights& weights, Act act,
-                                  TileSize size, bool keep, at::TensorOptions options, const Then& then,
-                                  Progress& progress);
+// rows: R. keep: the pre-activations, for a backward. The parts 0..E of progress are this task's. What is given here
+// must outlive the task.
+std::unique_ptr<FfnTask> ffn_task(int64_t rows, const FfnWeights& weights, Act act, TileSize size, bool keep,
+                                  at::TensorOptions options, Progress& progress);
 // Whether x may be rows that slots name, so many of one expert at most.
 bool takes_slots(const Matrix& x, int64_t most_rows, const FfnWeights& weights);
 // What so many experts read and write, in bytes.

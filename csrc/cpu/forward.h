@@ -16,6 +16,10 @@ using Map = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 Map route(const at::Tensor& expert_ids, int64_t num_experts, std::optional<int64_t> capacity, bool padded,
           const std::optional<at::Tensor>& order);
 
+// The arrays of such a map, and what fills them in when the choices [T,K] are known: ragged, nothing dropped.
+Map ragged_map(const at::Tensor& expert_ids, int64_t num_experts);
+void route_into(const Map& map, const at::Tensor& expert_ids);
+
 at::Tensor encode(const at::Tensor& x, const at::Tensor& source, const at::Tensor& dest);
 
 using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;

@@ -24,31 +24,39 @@ using Step = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tens
 // What follows the gate, as items that threads of one region take in turns.
 class AfterGate {
  public:
-  // tokens [T,M] contiguous; progress: as for an FfnTask.
+  // tokens [T,M] contiguous; ids, weights [T,K], read when it begins; progress: as for an FfnTask.
   AfterGate(const at::Tensor& tokens, const at::Tensor& ids, const at::Tensor& weights, const FfnWeights& experts,
             int64_t num_experts, Act act, TileSize size, Progress& progress)
-      : map_(route(ids, num_experts, std::nullopt, false, std::nullopt)),
-        segments_(std::get<2>(map_), std::get<3>(map_), std::get<1>(map_).size(0)),
-        sum_(std::get<0>(map_), weights, tokens.size(1), tokens.options()) {
-    const auto& [dest, source, counts, offsets] = map_;
-    check_size(tokens, "x", 0, dest.size(0), "the map's tokens");
-    check_weights(weights, dest, tokens.scalar_type());
+      : tokens_(tokens),
+        ids_(ids),
+        experts_(experts),
+        size_(size),
+        map_(ragged_map(ids, num_experts)),
+        sum_(std::get<0>(map_), weights, tokens.size(1), tokens.options()),
+        task_(ffn_task(ids.numel(), experts, act, size, false, tokens.options(), progress)) {
+    check_size(tokens, "x", 0, ids.size(0), "the map's tokens");
+    check_weights(weights, ids, tokens.scalar_type());
     const int64_t T = tokens.size(0), items = std::min(T, kMostSums);
     then_ = {items, [this, T, items](const at::Tensor& out, int64_t i) {
                sum_.tokens(out, T * i / items, T * (i + 1) / items);
              }};
-    int64_t most = 0;
-    for (const Span& rows : segments_.of) most = std::max(most, std::min(rows.size, size.rows));
-    Rows rows{matrix_of(tokens), source.const_data_ptr<int32_t>(), dest.size(1)};
-    if (!takes_slots(rows.of, most, experts)) {
-      encoded_ = encode(tokens, source, dest);
-      rows = Rows{matrix_of(encoded_)};
-    }
-    task_ = ffn_task(rows, segments_, experts, act, size, false, tokens.options(), then_, progress);
   }
   AfterGate(const AfterGate&) = delete;
   AfterGate& operator=(const AfterGate&) = delete;
 
+  void begin() {
+    route_into(map_, ids_);
+    const auto& [dest, source, counts, offsets] = map_;
+    segments_.emplace(counts, offsets, source.size(0));
+    int64_t most = 0;
+    for (const Span& rows : segments_->of) most = std::max(most, std::min(rows.size, size_.rows));
+    Rows rows{matrix_of(tokens_), source.const_data_ptr<int32_t>(), dest.size(1)};
+    if (!takes_slots(rows.of, most, experts_)) {
+      encoded_ = encode(tokens_, source, dest);
+      rows = Rows{matrix_of(encoded_)};
+    }
+    task_->begin(rows, *segments_, then_);
+  }
   int64_t items() const { return task_->items(); }
   // Takes what the calling thread gets.
   void work(Progress& progress) {
@@ -60,12 +68,15 @@ class AfterGate {
   }
 
  private:
+  const at::Tensor tokens_, ids_;
+  const FfnWeights& experts_;
+  const TileSize size_;
   const Map map_;
-  const Segments segments_;
   const GatherSum sum_;
+  const std::unique_ptr<FfnTask> task_;
   Then then_;
+  std::optional<Segments> segments_;
   at::Tensor encoded_;
-  std::unique_ptr<FfnTask> task_;
   Turns turns_;
 };
 
@@ -76,11 +87,13 @@ Step inference(const at::Tensor& x, const at::Tensor& expert_ids, const at::Tens
   check_dim(x, "x", 2);
   check_floating(x, "x");
   TORCH_CHECK_VALUE(num_experts > 0, "num_experts=", num_experts, " must be at least 1");
+  check_dim(expert_ids, "expert_ids", 2);
   const at::Tensor tokens = x.contiguous();
   const FfnWeights experts(gate, up, down, gate_bias, up_bias, down_bias, tokens, num_experts);
   Progress progress(num_experts + 1);
   AfterGate rest(tokens, expert_ids, weights, experts, num_experts, parse_activation(activation),
                  TileSize(tile_rows, tile_columns), progress);
+  rest.begin();
   const int64_t slots = expert_ids.numel();
   parallel_team(rest.items(), ffn_bytes(experts, std::min(num_experts, slots), slots), progress,
                 [&](bool) { rest.work(progress); });
@@ -126,6 +139,8 @@ GatedStep gated_inference(const at::Tensor& x, const at::Tensor& router, int64_t
   const int64_t used = std::min(E, T * k), columns = std::max(experts.hidden_dim, experts.model_dim);
   const int64_t tiles = used * ((columns + size.columns - 1) / size.columns);  // at most, of one product
   parallel_team(std::max(tiles, items), ffn_bytes(experts, used, T * k), progress, [&](bool is_caller) {
+    // What takes no choices, while the others multiply.
+    if (is_caller) rest.emplace(tokens, gate.ids(), gate.weights(), experts, E, act, size, progress);
     turns.take(blocks + items, progress, [&](int64_t i) {
       if (i < blocks) {
         const int64_t output = i * kTileOutputs;
@@ -140,7 +155,7 @@ GatedStep gated_inference(const at::Tensor& x, const at::Tensor& router, int64_t
       progress.finish(chosen);
     });
     if (is_caller && progress.wait(chosen)) {
-      rest.emplace(tokens, gate.ids(), gate.weights(), experts, E, act, size, progress);
+      rest->begin();
       progress.finish(prepared);
     }
     if (progress.wait(prepared)) rest->work(progress);
