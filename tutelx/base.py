@@ -45,6 +45,11 @@ class _LastCall:
             self._stats = self._stats()
         return self._stats
 
+    def let_go(self) -> None:
+        """Of arrays that nobody looked at: the next call takes their memory again while it is in the cache."""
+        if callable(self._stats):
+            self._stats = None
+
     def end(
         self,
         decision: Decision,
@@ -186,6 +191,9 @@ class MoEBase(nn.Module):
 
     def _again(self, x: torch.Tensor, top_k: int | None) -> torch.Tensor | None:
         """What `_run` gives with the layer's own modules, if it ran such a call before; sooner."""
+        if torch.compiler.is_compiling():
+            return None
+        self._last.let_go()
         brief = self._brief.again(self, x, top_k)
         return None if brief is None else self._end_brief(brief)
 

@@ -73,7 +73,7 @@ class BriefCalls:
     def again(self, layer: nn.Module, x: object, top_k: int | None) -> Brief | None:
         """What `gate_and_run` gives, sooner, for x [..., M]: if it ran such a call before, and the layer is as it was
         then."""
-        if torch.compiler.is_compiling() or not self._kept or are_timed():
+        if not self._kept or are_timed():
             return None
         found = calls.again(layer, SETTINGS, self._state, self._kept, x, top_k)
         if found is None:

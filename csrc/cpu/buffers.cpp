@@ -168,9 +168,6 @@ int64_t idle_buffer_bytes() { return static_cast<int64_t>(free_blocks().bytes())
 }  // namespace
 
 at::Tensor buffer(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  if (c10::multiply_integers(sizes) * static_cast<int64_t>(options.dtype().itemsize()) <
-      static_cast<int64_t>(kSmallest))
-    return at::empty(sizes, options);
   return at::detail::empty_generic(sizes, &allocator(), c10::DispatchKeySet(c10::DispatchKey::CPU),
                                    c10::typeMetaToScalarType(options.dtype()), std::nullopt);
 }

@@ -1,5 +1,6 @@
-// Memory for large results, kept when it is freed. Fresh pages cost several times what the operators themselves do: the
-// system clears and maps each page on first touch, and malloc gives large blocks back at once.
+// Memory for results; what is large is kept when it is freed. Fresh pages cost several times what the operators
+// themselves do: the system clears and maps each page on first touch, and malloc gives large blocks back at once. For
+// small ones, the way through the dispatcher costs as much.
 #pragma once
 #include <ATen/ATen.h>
 

@@ -75,7 +75,7 @@ std::tuple<at::Tensor, Gradients, Gradients> expert_linear_backward(const at::Te
   const TileSize size(tile_rows, tile_columns);
   const std::vector<int64_t> sizes = segments.sizes();
 
-  const at::Tensor grad_rows = need_rows ? buffer_like(x) : at::empty({0}, x.options());
+  const at::Tensor grad_rows = need_rows ? buffer_like(x) : buffer({0}, x.options());
   const std::vector<Tile> row_tiles = need_rows ? cut(segments, linear.in, size) : std::vector<Tile>();
   Gradients grad_weight, grad_bias;
   std::vector<Tile> weight_tiles;  // an expert's rows, and a block of its outputs

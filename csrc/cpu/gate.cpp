@@ -14,6 +14,7 @@
 
 #include "../check.h"
 #include "activation.h"
+#include "buffers.h"
 #include "forward.h"
 #include "parallel.h"
 #include "scalar.h"
@@ -164,10 +165,10 @@ TokenGate::TokenGate(const at::Tensor& logits, int64_t k, c10::string_view score
   TORCH_CHECK_VALUE(k >= 1 && k <= E, "top_k=", k, " is outside [1, num_experts=", E, "]");
   check_index_range(T * k, "T*K");
   const auto wide = logits.options().dtype(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  ids_ = at::empty({T, k}, wide.dtype(at::kInt));
-  weights_ = at::empty({T, k}, wide);
+  ids_ = buffer({T, k}, wide.dtype(at::kInt));
+  weights_ = buffer({T, k}, wide);
   if (!for_losses) return;
-  logsumexp_ = at::empty({T}, wide);
+  logsumexp_ = buffer({T}, wide);
   sums_ = at::zeros({(T + kTokensPerBlock - 1) / kTokensPerBlock, padded(E)}, wide);
 }
 

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "../check.h"
+#include "buffers.h"
 #include "forward.h"
 #include "gemm.h"
 #include "parallel.h"
@@ -22,7 +23,7 @@ TokenLinear::TokenLinear(const at::Tensor& x, const at::Tensor& weight) {
   check_floating(x, "x");
   check_dtype(weight, "weight", x.scalar_type());
   check_size(x, "x", 1, weight.size(1), "the weight's inputs");
-  out_ = at::empty({x.size(0), weight.size(0)}, x.options());
+  out_ = buffer({x.size(0), weight.size(0)}, x.options());
   x_ = matrix_of(x), weight_ = matrix_of(weight), to_ = matrix_of(out_);
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "buffers.h"
 #include "forward.h"
 #include "parallel.h"
 
@@ -149,12 +150,12 @@ Map route(const at::Tensor& expert_ids, int64_t num_experts, std::optional<int64
   }
   const Slots slots = slots_of(ids, order ? order_T.const_data_ptr<int32_t>() : nullptr);
   Counts found(slots, num_experts);
-  const at::Tensor counts = at::empty({num_experts}, ids.options());
+  const at::Tensor counts = buffer({num_experts}, ids.options());
   const int64_t fullest = sum_up(found, counts), limit = capacity.value_or(fullest);
   const int64_t R = padded ? num_experts * limit : slots.total();
   check_index_range(R, "rows");
-  const Map map{at::empty(ids.sizes(), ids.options()), at::empty({R}, ids.options()), counts,
-                at::empty({num_experts + 1}, ids.options())};
+  const Map map{buffer(ids.sizes(), ids.options()), buffer({R}, ids.options()), counts,
+                buffer({num_experts + 1}, ids.options())};
   scatter(slots, found, limit, padded, map);
   return map;
 }
@@ -162,8 +163,8 @@ Map route(const at::Tensor& expert_ids, int64_t num_experts, std::optional<int64
 Map ragged_map(const at::Tensor& expert_ids, int64_t num_experts) {
   TORCH_CHECK_VALUE(num_experts > 0, "num_experts=", num_experts, " must be at least 1");
   const auto ints = expert_ids.options().dtype(at::kInt);
-  return {at::empty(expert_ids.sizes(), ints), at::empty({expert_ids.numel()}, ints), at::empty({num_experts}, ints),
-          at::empty({num_experts + 1}, ints)};
+  return {buffer(expert_ids.sizes(), ints), buffer({expert_ids.numel()}, ints), buffer({num_experts}, ints),
+          buffer({num_experts + 1}, ints)};
 }
 
 void route_into(const Map& map, const at::Tensor& expert_ids) {
