@@ -83,21 +83,26 @@ class ExpertChoiceGate(LinearGate):
 def _best_tokens(scores: torch.Tensor, rows: int) -> torch.Tensor:
     """[E, C], each expert's best tokens, best first; of equal ones the earlier."""
     if scores.device.type == "cpu" and rows:
-        return ops.gate(scores.T, rows, normalize=False).expert_ids.long()
+        return ops.gate(scores.T, rows, normalize=False).expert_ids
     return scores.T.sort(dim=1, descending=True, stable=True).indices[:, :rows]
 
 
 def _by_token(chosen: torch.Tensor, tokens: int) -> torch.Tensor:
     """The tokens [E, C] of each expert -> the experts [T, K] of each token, ascending, then -1."""
-    num_experts, rows = chosen.shape
-    expert = torch.arange(num_experts, device=chosen.device, dtype=torch.int32).repeat_interleave(rows)
-    token, order = chosen.reshape(-1).sort(stable=True)
-    counts = expert_counts(token, tokens)
-    choice = torch.arange(token.numel(), device=chosen.device) - (counts.cumsum(0) - counts)[token]
+    counts, slots = _sorted_slots(chosen, tokens)
     most = max(1, int(counts.max())) if tokens else 1
     expert_ids = torch.full((tokens, most), -1, dtype=torch.int32, device=chosen.device)
-    expert_ids[token, choice] = expert[order]
-    return expert_ids
+    taken = torch.arange(most, device=chosen.device) < counts.unsqueeze(1)
+    return expert_ids.masked_scatter_(taken, (slots // max(1, chosen.shape[1])).int())
+
+
+def _sorted_slots(chosen: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often each token [T] was chosen, and the slots of [E, C] in the order of tokens, then of experts."""
+    if chosen.device.type == "cpu" and tokens:
+        map = ops.route(chosen.reshape(1, -1), tokens)  # of as many experts as there are tokens
+        return map.counts, map.source
+    token, slots = chosen.reshape(-1).sort(stable=True)
+    return expert_counts(token, tokens), slots
 
 
 def _check_finite(logits: torch.Tensor, scores: torch.Tensor) -> None:
