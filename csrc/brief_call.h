@@ -128,7 +128,7 @@ inline Kept kept(pybind11::handle entry) {
 
 // y, its decision and all that the operator gave, of a call like one that was kept, if the layer is as it was then.
 inline pybind11::object again(pybind11::handle layer, const pybind11::tuple& settings, const pybind11::tuple& state,
-                              const pybind11::list& calls, pybind11::handle x, pybind11::handle top_k) {
+                              const pybind11::tuple& calls, pybind11::handle x, pybind11::handle top_k) {
   if (!THPVariable_CheckExact(x.ptr())) return pybind11::none();
   const Tensor& tokens = THPVariable_Unpack(x.ptr());
   for (const pybind11::handle entry : calls) {

@@ -212,6 +212,23 @@ def test_a_call_like_one_before_asks_for_nothing(name, monkeypatch):
 
 
 @torch.no_grad()
+def test_a_change_while_a_call_runs_is_seen(monkeypatch):
+    layer, x = make(), tensor(3, 16)
+    layer(x)
+    network = layer.experts.network
+
+    def changed_after():
+        found = network()
+        replace_up(layer)
+        return found
+
+    monkeypatch.setattr(type(layer.experts), "network", lambda experts: changed_after())
+    layer(x)
+    monkeypatch.undo()
+    assert torch.equal(layer(x), layer(x, plan=Plan()))
+
+
+@torch.no_grad()
 def test_weights_that_others_took_the_place_of_are_freed(brief):
     layer, x = make(), tensor(3, 16)
     runs(layer, x, brief, times=4)

@@ -24,6 +24,8 @@ from tutelx.stats import RoutingStats
 from tutelx.stopwatch import are_timed
 from tutelx.types import Capacity, Decision, Planner, Routing
 
+_state_of = getattr(calls, "state_of", None)  # a build without Python's headers has none
+
 _Key = tuple[int, int | None, torch.dtype, int, bool]
 
 # y, how it came about, and what makes its statistics.
@@ -51,14 +53,21 @@ class _Kept(NamedTuple):
     decision: Decision
 
 
+class _Memory(NamedTuple):
+    """Calls, the last one first, and the state of the layer that all of them are of. Never changed: another thread may
+    be running one of them."""
+
+    state: tuple = ()
+    calls: tuple[_Kept, ...] = ()
+
+
 class BriefCalls:
     """One layer's, on one process. A copy starts without a memory."""
 
     def __init__(self) -> None:
         self._planner: Planner | None = None
         self._decisions: dict[_Key, Decision] = {}
-        self._kept: list[_Kept] = []  # all of the same state of the layer, the last one first
-        self._state: tuple = ()
+        self._memory = _Memory()
 
     def __deepcopy__(self, memo: dict) -> BriefCalls:
         return BriefCalls()
@@ -68,14 +77,15 @@ class BriefCalls:
 
     def forget(self) -> None:
         """Lets go of the weights of the last calls, of which there may be others now."""
-        self._kept, self._state = [], ()
+        self._memory = _Memory()
 
     def again(self, layer: nn.Module, x: object, top_k: int | None) -> Brief | None:
         """What `gate_and_run` gives, sooner, for x [..., M]: if it ran such a call before, and the layer is as it was
         then."""
-        if not self._kept or are_timed():
+        memory = self._memory
+        if not memory.calls or are_timed():
             return None
-        found = calls.again(layer, SETTINGS, self._state, self._kept, x, top_k)
+        found = calls.again(layer, SETTINGS, memory.state, memory.calls, x, top_k)
         if found is None:
             return None
         y, decision, fields = found
@@ -93,8 +103,12 @@ class BriefCalls:
     ) -> Brief | None:
         """y for x [..., M]. None if the call is not of this kind, the first with so many tokens, or the gate does more
         than a router."""
-        if planner is not self._planner or not isinstance(gate, TopKGate) or not _is_quiet(capacity):
+        if torch.compiler.is_compiling() or planner is not self._planner:
             return None
+        if not isinstance(gate, TopKGate) or not _is_quiet(capacity):
+            return None
+        is_own = isinstance(experts, Experts) and {gate, experts} <= set(layer._modules.values())
+        memory = self._memory_of(layer) if is_own else None
         router = gate.router()
         if router is None:
             return None
@@ -117,16 +131,18 @@ class BriefCalls:
         found = None if call is None else call.run(x)
         if call is None or found is None:
             return None
-        if isinstance(experts, Experts) and {gate, experts} <= set(layer._modules.values()):
-            self._keep_call(_Kept(top_k, call, decision), x, layer)
+        if memory is not None:
+            others = [other for other in memory.calls if other.top_k != top_k or not other.call.is_like(x)]
+            self._memory = _Memory(memory.state, (_Kept(top_k, call, decision), *others))
         y, fields = found
         return y, decision, _stats_of(fields)
 
-    def _keep_call(self, kept: _Kept, x: torch.Tensor, layer: nn.Module) -> None:
-        if not self._kept or not calls.is_state_of(self._state, layer, SETTINGS):
-            self._kept, self._state = [], calls.state_of(layer, SETTINGS)
-        others = [other for other in self._kept if other.top_k != kept.top_k or not other.call.is_like(x)]
-        self._kept = [kept, *others]
+    def _memory_of(self, layer: nn.Module) -> _Memory | None:
+        """Of the layer as it is before it is asked for anything: another thread may change it meanwhile."""
+        memory = self._memory
+        if _state_of is None:
+            return None
+        return memory if calls.is_state_of(memory.state, layer, SETTINGS) else _Memory(_state_of(layer, SETTINGS))
 
     def run(
         self, x: torch.Tensor, routing: Routing, experts: Experts, capacity: Capacity, planner: Planner
