@@ -4,7 +4,6 @@
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/profiler/orchestration/observer.h>
 #include <torch/extension.h>
@@ -18,6 +17,7 @@
 #include <vector>
 
 #include "module_state.h"
+#include "operator.h"
 
 namespace tutelx {
 
@@ -73,8 +73,7 @@ class BriefCall {
 
   // y [..., M] and all that the operator gave, or nothing where an ordinary call would do something else besides.
   std::optional<Found> run(const Tensor& x) const {
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow("tutelx::gated_inference", "").typed<GatedInference>();
+    static const auto op = find<GatedInference>("gated_inference");
     const Tensor tokens = x.dim() == 2 ? x : x.reshape({-1, x.size(-1)});
     if (torch::profiler::impl::profilerEnabled() || !fits(tokens)) return std::nullopt;
     const pybind11::gil_scoped_release no_lock;

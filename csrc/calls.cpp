@@ -1,7 +1,6 @@
 // The operators as plain Python functions. The general way through torch.ops costs as much as a small operator does;
 // what is called is the same dispatcher entry, so autograd, autocast and fake tensors see no difference. Tracing by
 // torch.compile does, and takes the general way.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/extension.h>
 
 #include <optional>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "brief_call.h"
+#include "operator.h"
 
 namespace tutelx {
 namespace {
@@ -19,13 +19,6 @@ namespace {
 // What keeps an argument that comes from Python: a list needs a place of its own.
 template <class T>
 using Held = std::conditional_t<std::is_same_v<T, at::TensorList>, std::vector<Tensor>, T>;
-
-template <class Function>
-c10::TypedOperatorHandle<Function> find(const char* name) {
-  return c10::Dispatcher::singleton()
-      .findSchemaOrThrow((std::string("tutelx::") + name).c_str(), "")
-      .template typed<Function>();
-}
 
 // A function that calls the operator of its name, without the interpreter's lock.
 template <class Result, class... Arguments>

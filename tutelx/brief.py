@@ -26,7 +26,7 @@ from tutelx.types import Capacity, Decision, Planner, Routing
 
 _state_of = getattr(calls, "state_of", None)  # a build without Python's headers has none
 
-_Key = tuple[int, int | None, torch.dtype, int, bool]
+_Key = tuple[int, torch.dtype, int, bool]
 
 # y, how it came about, and what makes its statistics.
 Brief = tuple[torch.Tensor, Decision, Callable[[], RoutingStats]]
@@ -66,7 +66,7 @@ class BriefCalls:
 
     def __init__(self) -> None:
         self._planner: Planner | None = None
-        self._decisions: dict[_Key, Decision] = {}
+        self._decisions: dict[_Key, dict[int, Decision]] = {}  # by the choices a token
         self._memory = _Memory()
 
     def __deepcopy__(self, memo: dict) -> BriefCalls:
@@ -107,13 +107,16 @@ class BriefCalls:
             return None
         if not isinstance(gate, TopKGate) or not _is_quiet(capacity):
             return None
+        decisions = self._decisions.get(_key(x))
+        if decisions is None:
+            return None
         is_own = isinstance(experts, Experts) and {gate, experts} <= set(layer._modules.values())
         memory = self._memory_of(layer) if is_own else None
         router = gate.router()
         if router is None:
             return None
         k = cast("int | None", layer.top_k) if top_k is None else top_k
-        decision = self._decisions.get(_key(x, router.top_k if k is None else k))
+        decision = decisions.get(router.top_k if k is None else k)
         network = None if decision is None else experts.network()
         if decision is None or network is None:
             return None
@@ -150,7 +153,7 @@ class BriefCalls:
         """The same after the gate."""
         if planner is not self._planner or not _is_brief(x, routing, capacity):
             return None
-        decision = self._decisions.get(_key(x, routing.expert_ids.shape[1]))
+        decision = self._decisions.get(_key(x), {}).get(routing.expert_ids.shape[1])
         network = None if decision is None else experts.network()
         if decision is None or network is None or not _fits(network.weights, x):
             return None
@@ -175,7 +178,8 @@ class BriefCalls:
             self.forget()
         if (decision.plan.layout, decision.plan.expert_kernel) == ("ragged", "tiled"):
             reason = f"{decision.reason}; asked once for {x.shape[0]} tokens without a gradient"
-            self._decisions[_key(x, routing.expert_ids.shape[1])] = replace(decision, reason=reason)
+            of_kind = self._decisions.setdefault(_key(x), {})
+            of_kind[routing.expert_ids.shape[1]] = replace(decision, reason=reason)
 
 
 def _stats_of(fields: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], RoutingStats]:
@@ -201,5 +205,5 @@ def _fits(weights: ops.ExpertWeights, x: torch.Tensor) -> bool:
     return weights.up[0].dtype == x.dtype and not wants_gradient(*chain.from_iterable(weights.lists()))
 
 
-def _key(x: torch.Tensor, top_k: int | None) -> _Key:
-    return x.shape[:-1].numel(), top_k, x.dtype, torch.get_num_threads(), torch.is_grad_enabled()
+def _key(x: torch.Tensor) -> _Key:
+    return x.shape[:-1].numel(), x.dtype, torch.get_num_threads(), torch.is_grad_enabled()
