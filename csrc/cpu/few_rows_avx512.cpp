@@ -18,8 +18,9 @@ namespace {
 struct Avx512 {
   using Vector = __m512;
   // The sums of twelve rows for two outputs just fit the registers.
-  static constexpr int64_t pairs = 12, eights = 2, alone = 4, alone_bytes = 20480, group = 32;
-  static constexpr bool in_order = false;
+  static constexpr int64_t pairs = 12, threes = 0, eights = 2, alone = 4, alone_bytes = 20480, group = 32;
+  template <int O>
+  using Ask = AskInTurns<O>;
 
   // Together they take a third of the steps of one after the other.
   TUTELX_VECTORS TUTELX_INLINE static __m128 four_sums(const __m512& a, const __m512& b, const __m512& c,
@@ -92,10 +93,22 @@ struct Half : Avx512 {
   }
 };
 
+// x is loaded once for all outputs.
+template <class Number>
+struct WithProducts : Number {
+  template <int O>
+  TUTELX_VECTORS TUTELX_INLINE static void add_products(__m512 (&sum)[O], const char* at, const __m512 (&weight)[O]) {
+    __m512 x = *reinterpret_cast<const __m512*>(at);
+    asm("" : "+v"(x));  // else the compiler loads it for every product, and loads are what the loop is short of
+    for (int o = 0; o < O; ++o) sum[o] = Number::add_product(sum[o], x, weight[o]);
+  }
+};
+
 }  // namespace
 
 const FewRowsKernel* few_rows_avx512(at::ScalarType dtype) {
-  static constexpr FewRowsKernel f32 = kernel_of<Float32>(), bf16 = kernel_of<BFloat16>(), f16 = kernel_of<Half>();
+  static constexpr FewRowsKernel f32 = kernel_of<WithProducts<Float32>>(), bf16 = kernel_of<WithProducts<BFloat16>>(),
+                                 f16 = kernel_of<WithProducts<Half>>();
   const bool any = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (!any) return nullptr;

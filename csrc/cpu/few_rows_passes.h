@@ -2,31 +2,29 @@
 // instruction set, which defines TUTELX_VECTORS, the attribute of functions that use it, and its Numbers.
 //
 // A core reads fastest along one stream, or along several that lie pages apart. So one output is summed at a time, or
-// eight where each fills a page, while the sums keep up; else two. A sum goes over chunks of the inputs, of which the
-// rows stay in the first cache. What comes later is asked for ahead, into the second cache, and in the order in which
-// it lies in memory, in whichever order it is used: the hardware does not look past a page, drops requests while many
-// are under way, and reads slower out of order.
+// eight where each fills a page, while the sums keep up; else two or three. A sum goes over chunks of the inputs, of
+// which the rows stay in the first cache. What comes later is asked for ahead (few_rows_ahead.h).
 //
 // A Number is how one dtype is summed:
 //   size                            bytes of a weight
 //   Vector, four_sums               of sums; the sums of four vectors' lanes
 //   step, parts                     so many bytes of weights are summed as so many vectors
 //   weight(at, part), weight_left   those; of fewer bytes than a step, zeros after them
-//   add_product(sum, x, weight)
+//   add_products(sum, x, weight)    sum[o] += x * weight[o], x in memory
 //   lay_out(from, bytes, to)        inputs as they are multiplied with weights, zeros up to a whole step
 //   store(sums, n, to)
 // and what is quickest with them:
-//   pairs, eights, alone            so many rows at most are summed for two, eight and one output at a time,
+//   pairs, threes, eights, alone    so many rows at most are summed for two, three, eight and one output at a time,
 //   alone_bytes                     if those that are summed for one are no larger together
 //   group                           outputs that one chunk of the rows is used for
-//   in_order                        whether what lies ahead of several outputs is asked for line by line in its order,
-//                                   else one line of each in turns
+//   Ask<O>                          how what lies ahead is asked for
 #pragma once
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <utility>
 
+#include "few_rows_ahead.h"
 #include "few_rows_kernel.h"
 #include "parallel.h"
 
@@ -65,6 +63,13 @@ TUTELX_VECTORS TUTELX_INLINE void add_sums(const typename Number::Vector (&sum)[
   }
 }
 template <class Number, int R>
+TUTELX_VECTORS TUTELX_INLINE void add_sums(const typename Number::Vector (&sum)[R][3], float* sums) {
+  for (int r = 0; r < R; ++r, sums += kMostOutputs) {
+    const __m128 three = Number::four_sums(sum[r][0], sum[r][1], sum[r][2], typename Number::Vector{});
+    _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), three));
+  }
+}
+template <class Number, int R>
 TUTELX_VECTORS TUTELX_INLINE void add_sums(const typename Number::Vector (&sum)[R][8], float* sums) {
   for (int r = 0; r < R; ++r)
     for (int o = 0; o < 8; o += 4) {
@@ -85,34 +90,21 @@ TUTELX_VECTORS TUTELX_INLINE void add_sums(const typename Number::Vector (&sum)[
   }
 }
 
-// Weights that are asked for while others are summed: of several outputs, so many bytes apart.
-struct Ahead {
-  const char* weights;
-  int64_t stride;
-};
-
 // R rows times O outputs over one chunk of `bytes`.
-template <class Number, int R, int O>
-TUTELX_VECTORS TUTELX_INLINE void block(const char* rows, const char* weights, int64_t stride, int64_t bytes,
-                                        Ahead ahead, float* sums) {
+template <class Number, int R, int O, class Ask>
+TUTELX_VECTORS TUTELX_INLINE void block(const char* rows, const char* weights, int64_t stride, int64_t bytes, Ask& ask,
+                                        float* sums) {
   using Vector = typename Number::Vector;
-  Vector sum[R][O];
-  for (int r = 0; r < R; ++r)
-    for (int o = 0; o < O; ++o) sum[r][o] = Vector{};
+  Vector sum[R][O] = {};
   const auto add = [&](const char* row, const Vector(&weight)[O]) TUTELX_VECTORS {
-    for (int r = 0; r < R; ++r) {
-      Vector x = *reinterpret_cast<const Vector*>(row + r * kRowStride<Number>);
-      asm("" : "+v"(x));  // else it is loaded for every product, and loads are what the loop is short of
-      for (int o = 0; o < O; ++o) sum[r][o] = Number::add_product(sum[r][o], x, weight[o]);
-    }
+    for (int r = 0; r < R; ++r) Number::add_products(sum[r], row + r * kRowStride<Number>, weight);
   };
   int64_t byte = 0;
-  Vector weight[O];
   for (; byte + kLine <= bytes; byte += kLine) {
-    for (int o = 0; o < O; ++o)
-      __builtin_prefetch(ahead.weights + (Number::in_order ? byte * O + o * kLine : byte + o * ahead.stride), 0, 2);
+    ask.line();
     for (int64_t at = byte; at < byte + kLine; at += Number::step)
       for (int part = 0; part < Number::parts; ++part) {
+        Vector weight[O];
         for (int o = 0; o < O; ++o) weight[o] = Number::weight(weights + o * stride + at, part);
         add(rows + at * kWider<Number> + part * sizeof(Vector), weight);
       }
@@ -120,50 +112,26 @@ TUTELX_VECTORS TUTELX_INLINE void block(const char* rows, const char* weights, i
   for (; byte < bytes; byte += Number::step)
     for (int part = 0; part < Number::parts; ++part) {
       const int64_t left = std::min(Number::step, bytes - byte);
+      Vector weight[O];
       for (int o = 0; o < O; ++o) weight[o] = Number::weight_left(weights + o * stride + byte, left, part);
       add(rows + byte * kWider<Number> + part * sizeof(Vector), weight);
     }
   add_sums<Number>(sum, sums);
 }
 
-// Weights in the order in which they lie, from some output on, in parts of `part` bytes, `parts` to an output.
-struct Stream {
-  const char *weights, *after;  // after: what follows the last output
-  int64_t outputs, stride, part, parts;
-
-  const char* at(int64_t i) const {
-    const int64_t output = parts == 1 ? i : i / parts, byte = (i - output * parts) * part;
-    return (output < outputs ? weights + output * stride : after + (output - outputs) * stride) + byte;
-  }
-};
-
-// Some rows times a group of outputs.
-struct Pass {
-  const char* rows;                // [chunk][row], kRowStride apart
-  int64_t rows_a_chunk, chunk;     // bytes: of all rows' chunk, and of an output's
-  const char* weights;             // of the first output
-  int64_t stride, bytes, outputs;  // bytes between two outputs' weights, and of an output's
-  const Stream& stream;
-  int64_t ask, asked, passes;  // the outputs of so many passes ask for the parts from `ask` on; `asked` came before
-  float* sums;
-};
-
 template <class Number, int R, int O>
 TUTELX_VECTORS TUTELX_INLINE void chunks(const Pass& p, int64_t output) {
+  typename Number::template Ask<O> ask(p, output);
   const char *weights = p.weights + output * p.stride, *rows = p.rows;
-  // Each pass asks at its share of the outputs; at the others for what is there already.
-  const int64_t turn = (p.asked + output) / O, part = p.ask + turn / p.passes * O;
-  Ahead ahead{weights, p.stride};
-  if (turn % p.passes == 0) ahead = {p.stream.at(part), O > 1 ? p.stream.at(part + 1) - p.stream.at(part) : 0};
-  for (int64_t byte = 0; byte < p.bytes; byte += p.chunk, rows += p.rows_a_chunk) {
-    block<Number, R, O>(rows, weights + byte, p.stride, std::min(p.chunk, p.bytes - byte), ahead, p.sums + output);
-    ahead.weights += Number::in_order ? O * p.chunk : p.chunk;
-  }
+  for (int64_t byte = 0; byte < p.bytes; byte += p.chunk, rows += p.rows_a_chunk)
+    block<Number, R, O>(rows, weights + byte, p.stride, std::min(p.chunk, p.bytes - byte), ask, p.sums + output);
 }
 template <class Number, int R, int O>
 TUTELX_VECTORS void pass(const Pass& p) {
   int64_t o = 0;
   for (; o + O <= p.outputs; o += O) chunks<Number, R, O>(p, o);
+  if constexpr (O == 3)
+    for (; o + 2 <= p.outputs; o += 2) chunks<Number, R, 2>(p, o);
   for (; o < p.outputs; ++o) chunks<Number, R, 1>(p, o);
 }
 using PassOf = void (*)(const Pass&);
@@ -183,12 +151,16 @@ struct Way {
 };
 template <class Number>
 Way way_of(int64_t rows, int64_t bytes) {
-  constexpr int64_t eights = Number::eights, alone = Number::alone, pairs = Number::pairs;
+  constexpr int64_t eights = Number::eights, alone = Number::alone, threes = Number::threes, pairs = Number::pairs;
   if constexpr (eights > 0)
     if (rows <= eights && bytes >= kPage) return {kPasses<Number, 8, eights>.data(), eights, true, 8 * bytes};
   if constexpr (alone > 0)
     if (rows <= alone && rows * bytes * kWider<Number> <= Number::alone_bytes)
       return {kPasses<Number, 1, alone>.data(), alone, true, 8192};
+  // Where that takes no more passes: more sums wait less for each other.
+  if constexpr (threes > 0)
+    if (rows > 2 && (rows + threes - 1) / threes == (rows + pairs - 1) / pairs)
+      return {kPasses<Number, 3, threes>.data(), threes, false};
   return {kPasses<Number, 2, pairs>.data(), pairs, false};
 }
 
@@ -216,8 +188,8 @@ void multiply_rows(const LaidOut& x, const Matrix& b, const Matrix& c, const cha
       for (int64_t i = 0, row = 0, several; i < blocks; ++i, row += several) {
         several = (x.count - row + blocks - i - 1) / (blocks - i);
         way.passes[several - 1]({x.rows + s * rows_a_chunk + row * kRowStride<Number>, rows_a_chunk, x.chunk,
-                                 weights + s * span, stride, std::min(span, bytes - s * span), outputs, stream, ask,
-                                 i * outputs, blocks, sums + row * kMostOutputs});
+                                 weights + s * span, stride, std::min(span, bytes - s * span), outputs, stream, ask, i,
+                                 blocks, sums + row * kMostOutputs});
       }
     }
     for (int64_t r = 0; r < x.count; ++r)
