@@ -16,8 +16,7 @@
 namespace tutelx {
 namespace {
 
-constexpr int64_t kMostSums = 16;     // items that the tokens' sums are cut into
-constexpr int64_t kGatedTokens = 16;  // of an item; fewer tokens of all leave a thread without one
+constexpr int64_t kMostSums = 16;  // items that the tokens' sums are cut into
 
 using Step = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -110,11 +109,11 @@ GatedStep gated_inference(const at::Tensor& x, const at::Tensor& router, int64_t
   const TokenLinear product(x, router);
   TokenGate gate(product.out(), k, score, renormalize, false);
   const at::Tensor tokens = x.contiguous();
-  const int64_t T = product.tokens(), E = product.outputs(), items = (T + kGatedTokens - 1) / kGatedTokens;
+  const int64_t T = product.tokens(), E = product.outputs(), items = (T + kTileTokens - 1) / kTileTokens;
   const FfnWeights experts(gate_weights, up, down, gate_bias, up_bias, down_bias, tokens, E);
   const Act act = parse_activation(activation);
   const TileSize size(tile_rows, tile_columns);
-  const auto choose = [&](int64_t i) { gate.tokens(i * kGatedTokens, std::min(T, (i + 1) * kGatedTokens)); };
+  const auto choose = [&](int64_t i) { gate.tokens(i * kTileTokens, std::min(T, (i + 1) * kTileTokens)); };
   const auto with_choices = [&](const Step& step) -> GatedStep {
     const auto& [y, dest, source, counts, offsets] = step;
     return {y, dest, source, counts, offsets, product.out(), gate.ids(), gate.weights()};
@@ -148,8 +147,8 @@ GatedStep gated_inference(const at::Tensor& x, const at::Tensor& router, int64_t
         progress.finish(multiplied);
         return;
       }
-      const int64_t token = (i - blocks) * kGatedTokens;
-      if (blocks == 0) product.some(token, std::min(kGatedTokens, T - token), 0, E);
+      const int64_t token = (i - blocks) * kTileTokens;
+      if (blocks == 0) product.some(token, std::min(kTileTokens, T - token), 0, E);
       if (!progress.wait(multiplied)) return;
       choose(i - blocks);
       progress.finish(chosen);

@@ -13,7 +13,7 @@
 namespace tutelx {
 namespace {
 
-constexpr int64_t kTileTokens = 64;
+constexpr int64_t kMostTokens = 64;
 
 }  // namespace
 
@@ -33,14 +33,16 @@ void TokenLinear::some(int64_t token, int64_t tokens, int64_t output, int64_t ou
 }
 
 bool TokenLinear::bits_are_fixed() const {
-  return x_.col_stride == 1 && weight_.col_stride == 1 && FewRows::can(kTileTokens, x_.dtype);
+  return x_.col_stride == 1 && weight_.col_stride == 1 && FewRows::can(kMostTokens, x_.dtype);
 }
 
 void TokenLinear::all() const {
-  const int64_t T = tokens(), O = outputs(), across = (O + kTileOutputs - 1) / kTileOutputs;
+  const int64_t T = tokens(), O = outputs();
+  // Each tile lays its tokens out anew.
+  const int64_t most = T <= kTileTokens ? kTileOutputs : 4 * kTileOutputs, across = (O + most - 1) / most;
   const auto tile = [&](int64_t i) {
-    const int64_t token = i / across * kTileTokens, output = i % across * kTileOutputs;
-    some(token, std::min(kTileTokens, T - token), output, std::min(kTileOutputs, O - output));
+    const int64_t token = i / across * kTileTokens, output = i % across * most;
+    some(token, std::min(kTileTokens, T - token), output, std::min(most, O - output));
   };
   parallel_items((T + kTileTokens - 1) / kTileTokens * across, tile, products() >= kWakeProducts);
 }

@@ -6,7 +6,7 @@
 
 namespace tutelx {
 
-constexpr int64_t kTileOutputs = 16;  // of one task
+constexpr int64_t kTileTokens = 16, kTileOutputs = 16;  // of one task
 
 // All of it, or some tokens and outputs at a time for a caller that has its own threads.
 class TokenLinear {

@@ -121,7 +121,7 @@ def test_an_interrupt_before_the_first_row_leaves_valid_files(monkeypatch, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["encod"], "op 'encod' is none of gate, gate_backward, route, encode, encode_backward, decode"),
+        (["encod"], "op 'encod' is none of linear, gate, gate_backward, route, encode, encode_backward, decode"),
         (["--sizes", "T=x"], "T='x' is not a positive whole number"),
         (["--peers", "tutle"], "peer 'tutle' is none of liger, scattermoe, transformers"),
         (["--tolerance", "0.5"], "tolerance=0.5 must be a finite ratio of at least 1"),

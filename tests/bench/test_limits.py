@@ -11,6 +11,8 @@ SHAPE = Shape(T=8, D=16, K=2, E=4, H=32)
 @pytest.mark.parametrize(
     ("formula", "S", "expected"),
     [
+        # 8 tokens of 16, 4 experts' 16, 8 tokens' 4
+        (limits.linear, 2, (8 * 16 + 4 * 16 + 8 * 4) * 2),
         # 32 logits of 4 bytes; 16 slots of an index and a weight
         (limits.gate, 4, 32 * 4 + 16 * 8),
         (limits.gate, 2, 32 * 2 + 16 * 8),
@@ -44,6 +46,7 @@ def test_only_touched_experts_are_read():
 
 
 def test_operations():
+    assert limits.linear_flops(SHAPE) == 2 * 8 * 16 * 4
     assert limits.expert_ffn_flops(SHAPE) == 16 * 3 * 2 * 16 * 32
     assert limits.expert_linear_flops(SHAPE) == 16 * 2 * 16 * 32
     assert limits.layer_flops(SHAPE) == 3 * limits.expert_ffn_flops(SHAPE)

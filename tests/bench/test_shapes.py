@@ -46,7 +46,7 @@ def test_a_wrong_size_is_named(text, message):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"ops": ("encod",)}, "op 'encod' is none of gate, gate_backward, route, encode, "),
+        ({"ops": ("encod",)}, "op 'encod' is none of linear, gate, gate_backward, route, encode, "),
         ({"dtypes": ("int8",)}, "dtype 'int8' is none of float32"),
         ({"peers": ("torch",)}, "peer 'torch' is none of liger, scattermoe"),
         ({"device": "tpu"}, "device='tpu' is none of cpu, cuda"),

@@ -1,4 +1,4 @@
-"""The scheduler's benchmark: traces are replayed with their load, and the totals are what the samples say."""
+"""The scheduler's benchmarks: traces are replayed with their load, and the totals are what the samples say."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import adaptive, traces
+from benchmarks import traces
+from benchmarks.held_out import summary
+from benchmarks.replay import _oracle_of_other_rounds, trace
+from benchmarks.setting import Setting
 from tutelx.errors import InvalidValueError
 from tutelx.tuner.grid import World
 from tutelx.tuner.shapes import Shape
@@ -59,10 +62,8 @@ def test_kept_traces(name):
 
 
 def replay(group, db):
-    setting = adaptive.Setting(
-        shape=Shape(model_dim=4, hidden_dim=4, num_experts=4), world=World(world=2), group=group, db=db
-    )
-    return adaptive.trace(setting, [call([2, 2, 2, 2]), call([5, 1, 1, 1])], scale=1.0, rounds=1)
+    setting = Setting(shape=Shape(model_dim=4, hidden_dim=4, num_experts=4), world=World(world=2), group=group, db=db)
+    return trace(setting, [call([2, 2, 2, 2]), call([5, 1, 1, 1])], scale=1.0, rounds=1)
 
 
 def test_totals(ranks, tmp_path):
@@ -80,13 +81,13 @@ def test_totals(ranks, tmp_path):
 def test_oracle_of_other_rounds():
     sample = {"a": [1.0, 2.0, 8.0], "b": [4.0, 0.5, 1.5], "c": [9.0, 9.0, 9.0]}
     # Means of the others: a 5, 4.5, 1.5; b 1, 2.75, 2.25.
-    assert adaptive._oracle_of_other_rounds(sample, ["a", "b", "c"]) == pytest.approx((4.0 + 0.5 + 8.0) / 3)
-    assert adaptive._oracle_of_other_rounds({"a": [3.0], "b": [2.0]}, ["a", "b"]) == 2.0
+    assert _oracle_of_other_rounds(sample, ["a", "b", "c"]) == pytest.approx((4.0 + 0.5 + 8.0) / 3)
+    assert _oracle_of_other_rounds({"a": [3.0], "b": [2.0]}, ["a", "b"]) == 2.0
 
 
 def test_summary():
     rows = [{"chosen_over_best": b, "chosen_over_default": d} for b, d in ((1.0, 0.5), (1.2, 1.0), (1.1, 0.9))]
-    found = adaptive._summary([*rows, {"chosen_over_best": None, "chosen_over_default": None}])
+    found = summary([*rows, {"chosen_over_best": None, "chosen_over_default": None}])
     assert (found["workloads"], found["not_timed"]) == (4, 1)
     assert (found["median_over_best"], found["worst_over_best"]) == (1.1, 1.2)
     assert (found["best_over_default"], found["worst_over_default"]) == (0.5, 1.0)

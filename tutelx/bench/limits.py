@@ -12,6 +12,15 @@ from tutelx.bench.shapes import Shape
 INDEX = 4  # bytes of an int32
 
 
+def linear(shape: Shape, S: int) -> int:
+    """Tokens and the router in, logits out."""
+    return S * (shape.T * shape.D + shape.E * shape.D + shape.T * shape.E)
+
+
+def linear_flops(shape: Shape) -> int:
+    return 2 * shape.T * shape.D * shape.E
+
+
 def gate(shape: Shape, S: int) -> int:
     """Logits in; an index and a weight a slot out. Weights are float32, float64 for float64."""
     return S * shape.T * shape.E + (INDEX + _wide(S)) * shape.rows

@@ -11,6 +11,7 @@ from tutelx.bench.shapes import SETS, Shape
 from tutelx.errors import InvalidValueError
 
 OPS = (
+    "linear",
     "gate",
     "gate_backward",
     "route",

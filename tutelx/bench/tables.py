@@ -120,7 +120,7 @@ def comparison(found: Comparison) -> Iterator[RenderableType]:
 
 def shape(row: Record) -> str:
     """Without what the op does not depend on."""
-    depends = {"gate": "TKE", "gate_backward": "TKE", "route": "TKE"}
+    depends = {"linear": "TDE", "gate": "TKE", "gate_backward": "TKE", "route": "TKE"}
     depends |= {"activation": "TKH", "activation_backward": "TKH", "expert_ffn": "TDKEH", "layer": "TDKEH"}
     depends |= {"layer_inference": "TDKEH", "expert_linear": "TDKEH"}
     names = depends.get(row["op"], "TDKE") + ("S" if row["shape"].get("S", 1) > 1 else "")

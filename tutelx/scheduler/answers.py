@@ -52,6 +52,16 @@ class Answer:
     measured: float | None = None
     settled: bool = False
 
+    def decision(self, workload: Workload) -> Decision:
+        return Decision(
+            plan=self.plan,
+            source=self.source,
+            reason=self.reason,
+            workload=workload,
+            predicted_seconds=self.predicted,
+            measured_seconds=self.measured,
+        )
+
 
 class Knowledge:
     """lookup: what was measured; None: nothing. model: what a plan should take, if its rates are known.

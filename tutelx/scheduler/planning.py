@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from tutelx.scheduler.answers import Answer, Knowledge, ruled
@@ -28,6 +28,10 @@ class Timed(Decision):
     """A decision whose call is timed. turn: who wants to know."""
 
     turn: Turn | Watch
+
+    @classmethod
+    def of(cls, decision: Decision, turn: Turn | Watch) -> Timed:
+        return cls(**{field.name: getattr(decision, field.name) for field in fields(decision)}, turn=turn)
 
 
 @dataclass(slots=True)
@@ -92,15 +96,7 @@ class Planning:
             entry = self._remember(bucket, workload)
         if entry.live is not None and not in_backward() and not is_captured(workload.device):
             return self._timed(entry, bucket, workload)
-        answer = entry.answer
-        return Decision(
-            plan=answer.plan,
-            source=answer.source,
-            reason=answer.reason,
-            workload=workload,
-            predicted_seconds=answer.predicted,
-            measured_seconds=answer.measured,
-        )
+        return entry.answer.decision(workload)
 
     def answer(self, workload: Workload) -> Answer:
         """Without remembering it."""
@@ -150,16 +146,7 @@ class Planning:
                 if again is not None:
                     _log.info("plan %s takes over %s s, examined again", live.plan, live.expected)
                     return self.plan(workload)
-            answer = entry.answer
-            return Timed(
-                plan=answer.plan,
-                source=answer.source,
-                reason=answer.reason,
-                workload=workload,
-                predicted_seconds=answer.predicted,
-                measured_seconds=answer.measured,
-                turn=live,
-            )
+            return Timed.of(entry.answer.decision(workload), live)
         assert isinstance(live, Exploration)
         if workload.device != "cpu" and live.closing(trains=workload.training):
             settle(wait=True)

@@ -2,9 +2,10 @@
 
 from tutelx.bench.settings import GATES, OPS
 from tutelx.bench.subject import Subject
-from tutelx.bench.subjects import activation, experts, gate, gates, inference, layer, route, rows
+from tutelx.bench.subjects import activation, experts, gate, gates, inference, layer, linear, route, rows
 
 _ALL: tuple[Subject, ...] = (
+    *linear.SUBJECTS,
     *gate.SUBJECTS,
     *route.SUBJECTS,
     *rows.SUBJECTS,
