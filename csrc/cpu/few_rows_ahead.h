@@ -20,15 +20,16 @@ struct Stream {
   }
 };
 
-// Some rows times a group of outputs.
-struct Pass {
-  const char* rows;                // [chunk][row], kRowStride apart
-  int64_t rows_a_chunk, chunk;     // bytes: of all rows' chunk, and of an output's
-  const char* weights;             // of the first output
+// Outputs that some rows are multiplied with.
+struct Group {
+  const char* weights;             // of the first
   int64_t stride, bytes, outputs;  // bytes between two outputs' weights, and of an output's
+};
+
+// The passes over a group, of which one is `pass`, together ask for the parts of the stream from `ask` on.
+struct Ahead {
   const Stream& stream;
-  int64_t ask, number, passes;  // the passes, of which this is one, together ask for the parts from `ask` on
-  float* sums;
+  int64_t ask, pass, passes;
 };
 
 // Both below: what is asked for with every line of weights that O outputs from some on are multiplied with.
@@ -37,11 +38,12 @@ struct Pass {
 template <int O>
 class AskInTurns {
  public:
-  AskInTurns(const Pass& p, int64_t output) : at_(p.weights + output * p.stride), stride_(p.stride) {
-    const int64_t turn = (p.number * p.outputs + output) / O, part = p.ask + turn / p.passes * O;
-    if (turn % p.passes != 0) return;
-    at_ = p.stream.at(part);
-    stride_ = O > 1 ? p.stream.at(part + 1) - at_ : 0;
+  AskInTurns(const Group& of, const Ahead& a, int64_t output)
+      : at_(of.weights + output * of.stride), stride_(of.stride) {
+    const int64_t turn = (a.pass * of.outputs + output) / O, part = a.ask + turn / a.passes * O;
+    if (turn % a.passes != 0) return;
+    at_ = a.stream.at(part);
+    stride_ = O > 1 ? a.stream.at(part + 1) - at_ : 0;
   }
   void line() {
     for (int o = 0; o < O; ++o) __builtin_prefetch(at_ + o * stride_, 0, 2);
@@ -57,9 +59,9 @@ class AskInTurns {
 template <int O>
 class AskEvenly {
  public:
-  AskEvenly(const Pass& p, int64_t output) : passes_(p.passes) {
-    const int64_t before = p.number * O * (p.bytes / kLine);
-    at_ = p.stream.at(p.ask + output) + before / passes_ * kLine;
+  AskEvenly(const Group& of, const Ahead& a, int64_t output) : passes_(a.passes) {
+    const int64_t before = a.pass * O * (of.bytes / kLine);
+    at_ = a.stream.at(a.ask + output) + before / passes_ * kLine;
     due_ = before % passes_;
   }
   void line() {

@@ -93,22 +93,10 @@ struct Half : Avx512 {
   }
 };
 
-// x is loaded once for all outputs.
-template <class Number>
-struct WithProducts : Number {
-  template <int O>
-  TUTELX_VECTORS TUTELX_INLINE static void add_products(__m512 (&sum)[O], const char* at, const __m512 (&weight)[O]) {
-    __m512 x = *reinterpret_cast<const __m512*>(at);
-    asm("" : "+v"(x));  // else the compiler loads it for every product, and loads are what the loop is short of
-    for (int o = 0; o < O; ++o) sum[o] = Number::add_product(sum[o], x, weight[o]);
-  }
-};
-
 }  // namespace
 
 const FewRowsKernel* few_rows_avx512(at::ScalarType dtype) {
-  static constexpr FewRowsKernel f32 = kernel_of<WithProducts<Float32>>(), bf16 = kernel_of<WithProducts<BFloat16>>(),
-                                 f16 = kernel_of<WithProducts<Half>>();
+  static constexpr FewRowsKernel f32 = kernel_of<Float32>(), bf16 = kernel_of<BFloat16>(), f16 = kernel_of<Half>();
   const bool any = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (!any) return nullptr;

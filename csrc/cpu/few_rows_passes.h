@@ -10,7 +10,7 @@
 //   Vector, four_sums               of sums; the sums of four vectors' lanes
 //   step, parts                     so many bytes of weights are summed as so many vectors
 //   weight(at, part), weight_left   those; of fewer bytes than a step, zeros after them
-//   add_products(sum, x, weight)    sum[o] += x * weight[o], x in memory
+//   add_product(sum, x, weight)
 //   lay_out(from, bytes, to)        inputs as they are multiplied with weights, zeros up to a whole step
 //   store(sums, n, to)
 // and what is quickest with them:
@@ -97,7 +97,11 @@ TUTELX_VECTORS TUTELX_INLINE void block(const char* rows, const char* weights, i
   using Vector = typename Number::Vector;
   Vector sum[R][O] = {};
   const auto add = [&](const char* row, const Vector(&weight)[O]) TUTELX_VECTORS {
-    for (int r = 0; r < R; ++r) Number::add_products(sum[r], row + r * kRowStride<Number>, weight);
+    for (int r = 0; r < R; ++r) {
+      Vector x = *reinterpret_cast<const Vector*>(row + r * kRowStride<Number>);
+      asm("" : "+v"(x));  // else it is loaded for every product, and loads are what the loop is short of
+      for (int o = 0; o < O; ++o) sum[r][o] = Number::add_product(sum[r][o], x, weight[o]);
+    }
   };
   int64_t byte = 0;
   for (; byte + kLine <= bytes; byte += kLine) {
@@ -119,20 +123,29 @@ TUTELX_VECTORS TUTELX_INLINE void block(const char* rows, const char* weights, i
   add_sums<Number>(sum, sums);
 }
 
+// Some rows times a group of outputs.
+struct Pass {
+  const char* rows;             // [chunk][row], kRowStride apart
+  int64_t rows_a_chunk, chunk;  // bytes: of all rows' chunk, and of an output's
+  Group of;
+  Ahead ahead;
+  float* sums;
+};
+
 template <class Number, int R, int O>
 TUTELX_VECTORS TUTELX_INLINE void chunks(const Pass& p, int64_t output) {
-  typename Number::template Ask<O> ask(p, output);
-  const char *weights = p.weights + output * p.stride, *rows = p.rows;
-  for (int64_t byte = 0; byte < p.bytes; byte += p.chunk, rows += p.rows_a_chunk)
-    block<Number, R, O>(rows, weights + byte, p.stride, std::min(p.chunk, p.bytes - byte), ask, p.sums + output);
+  typename Number::template Ask<O> ask(p.of, p.ahead, output);
+  const char *weights = p.of.weights + output * p.of.stride, *rows = p.rows;
+  for (int64_t byte = 0; byte < p.of.bytes; byte += p.chunk, rows += p.rows_a_chunk)
+    block<Number, R, O>(rows, weights + byte, p.of.stride, std::min(p.chunk, p.of.bytes - byte), ask, p.sums + output);
 }
 template <class Number, int R, int O>
 TUTELX_VECTORS void pass(const Pass& p) {
   int64_t o = 0;
-  for (; o + O <= p.outputs; o += O) chunks<Number, R, O>(p, o);
+  for (; o + O <= p.of.outputs; o += O) chunks<Number, R, O>(p, o);
   if constexpr (O == 3)
-    for (; o + 2 <= p.outputs; o += 2) chunks<Number, R, 2>(p, o);
-  for (; o < p.outputs; ++o) chunks<Number, R, 1>(p, o);
+    for (; o + 2 <= p.of.outputs; o += 2) chunks<Number, R, 2>(p, o);
+  for (; o < p.of.outputs; ++o) chunks<Number, R, 1>(p, o);
 }
 using PassOf = void (*)(const Pass&);
 template <class Number, int O, size_t... R>
@@ -185,11 +198,12 @@ void multiply_rows(const LaidOut& x, const Matrix& b, const Matrix& c, const cha
     std::fill_n(sums, x.count * kMostOutputs, 0.0f);
     for (int64_t s = 0; s < spans; ++s) {
       const int64_t ask = way.whole ? std::max(way.ahead / bytes, int64_t{2}) : (spans + s) * outputs;
+      const Group group{weights + s * span, stride, std::min(span, bytes - s * span), outputs};
       for (int64_t i = 0, row = 0, several; i < blocks; ++i, row += several) {
         several = (x.count - row + blocks - i - 1) / (blocks - i);
-        way.passes[several - 1]({x.rows + s * rows_a_chunk + row * kRowStride<Number>, rows_a_chunk, x.chunk,
-                                 weights + s * span, stride, std::min(span, bytes - s * span), outputs, stream, ask, i,
-                                 blocks, sums + row * kMostOutputs});
+        const Ahead ahead{stream, ask, i, blocks};
+        way.passes[several - 1]({x.rows + s * rows_a_chunk + row * kRowStride<Number>, rows_a_chunk, x.chunk, group,
+                                 ahead, sums + row * kMostOutputs});
       }
     }
     for (int64_t r = 0; r < x.count; ++r)

@@ -11,11 +11,6 @@
 #include "parallel.h"
 
 namespace tutelx {
-namespace {
-
-constexpr int64_t kMostTokens = 64;
-
-}  // namespace
 
 TokenLinear::TokenLinear(const at::Tensor& x, const at::Tensor& weight) {
   check_dim(x, "x", 2);
@@ -33,7 +28,7 @@ void TokenLinear::some(int64_t token, int64_t tokens, int64_t output, int64_t ou
 }
 
 bool TokenLinear::bits_are_fixed() const {
-  return x_.col_stride == 1 && weight_.col_stride == 1 && FewRows::can(kMostTokens, x_.dtype);
+  return x_.col_stride == 1 && weight_.col_stride == 1 && FewRows::can(kTileTokens, x_.dtype);
 }
 
 void TokenLinear::all() const {

@@ -14,7 +14,7 @@ class TokenLinear {
   TokenLinear(const at::Tensor& x, const at::Tensor& weight);
 
   void all() const;
-  // tokens: at most 64.
+  // tokens: at most kTileTokens.
   void some(int64_t token, int64_t tokens, int64_t output, int64_t outputs) const;
   // Whether the bits of the result do not depend on what is computed at a time.
   bool bits_are_fixed() const;

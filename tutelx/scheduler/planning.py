@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tutelx.scheduler.answers import Answer, Knowledge, ruled
@@ -28,10 +28,6 @@ class Timed(Decision):
     """A decision whose call is timed. turn: who wants to know."""
 
     turn: Turn | Watch
-
-    @classmethod
-    def of(cls, decision: Decision, turn: Turn | Watch) -> Timed:
-        return cls(**{field.name: getattr(decision, field.name) for field in fields(decision)}, turn=turn)
 
 
 @dataclass(slots=True)
@@ -146,7 +142,7 @@ class Planning:
                 if again is not None:
                     _log.info("plan %s takes over %s s, examined again", live.plan, live.expected)
                     return self.plan(workload)
-            return Timed.of(entry.answer.decision(workload), live)
+            return Timed(**vars(entry.answer.decision(workload)), turn=live)
         assert isinstance(live, Exploration)
         if workload.device != "cpu" and live.closing(trains=workload.training):
             settle(wait=True)
