@@ -52,7 +52,9 @@ PYBIND11_MODULE(_calls, m) {
   using OptionalTensor = std::optional<Tensor>;
   using Text = c10::string_view;
   using List = at::TensorList;
-  define(m, "gate", static_cast<Four (*)(const Tensor&, int64_t, Text, bool)>(nullptr));
+  define(m, "gate",
+         static_cast<Four (*)(const Tensor&, int64_t, Text, bool, const OptionalTensor&, int64_t, int64_t, int64_t)>(
+             nullptr));
   define(m, "gate_backward",
          static_cast<Tensor (*)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                 const Tensor&, Text, bool)>(nullptr));

@@ -30,6 +30,16 @@ inline void check_index_range(int64_t count, const char* name) {
                     std::numeric_limits<int32_t>::max());
 }
 
+// Which groups of experts a token's K choices lie in.
+inline void check_groups(int64_t num_experts, int64_t k, int64_t groups, int64_t kept, int64_t best_of) {
+  TORCH_CHECK_VALUE(groups >= 1 && num_experts % groups == 0, "num_experts=", num_experts,
+                    " is no multiple of num_groups=", groups);
+  TORCH_CHECK_VALUE(kept >= 1 && kept <= groups, "kept_groups=", kept, " is outside [1, num_groups=", groups, "]");
+  TORCH_CHECK_VALUE(k <= kept * (num_experts / groups), "top_k=", k, " exceeds the ", kept * (num_experts / groups),
+                    " experts of kept_groups=", kept, " groups");
+  TORCH_CHECK_VALUE(best_of == 1 || best_of == 2, "best_of_group=", best_of, " is neither 1 nor 2");
+}
+
 // What gate_backward is given, against logits [T,E] and expert_ids [T,K].
 inline void check_gate_gradients(const at::Tensor& grad_weights, const at::Tensor& grad_score_sum,
                                  const at::Tensor& grad_logsumexp, const at::Tensor& logits,

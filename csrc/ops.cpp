@@ -5,9 +5,10 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(tutelx, m) {
-  // logits [T,E] -> expert_ids [T,K] i32, weights [T,K], score_sum [E], logsumexp [T]
+  // logits [T,E], bias [E] -> expert_ids [T,K] i32, weights [T,K], score_sum [E], logsumexp [T]
   m.def(
-      "gate(Tensor logits, int k, str score, bool renormalize) "
+      "gate(Tensor logits, int k, str score, bool renormalize, Tensor? bias=None, int num_groups=1, "
+      "int kept_groups=1, int best_of_group=1) "
       "-> (Tensor expert_ids, Tensor weights, Tensor score_sum, Tensor logsumexp)");
   m.def(
       "gate_backward(Tensor grad_weights, Tensor grad_score_sum, Tensor grad_logsumexp, Tensor logits, "

@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -37,10 +38,13 @@ struct GateBackward final : Node {
   }
 };
 
-Gated gate(const Tensor& logits, int64_t k, c10::string_view score, bool renormalize) {
-  static const auto op = operator_handle<Gated(const Tensor&, int64_t, c10::string_view, bool)>("tutelx::gate");
-  if (!records(logits)) return below(op, logits, k, score, renormalize);
-  const Gated out = below(op, logits, k, score, renormalize);
+Gated gate(const Tensor& logits, int64_t k, c10::string_view score, bool renormalize, const std::optional<Tensor>& bias,
+           int64_t num_groups, int64_t kept_groups, int64_t best_of_group) {
+  static const auto op =
+      operator_handle<Gated(const Tensor&, int64_t, c10::string_view, bool, const std::optional<Tensor>&, int64_t,
+                            int64_t, int64_t)>("tutelx::gate");
+  const Gated out = below(op, logits, k, score, renormalize, bias, num_groups, kept_groups, best_of_group);
+  if (!records(logits)) return out;
   const auto& [expert_ids, weights, score_sum, logsumexp] = out;
   const auto [pointer, node] = make_node<GateBackward>(logits);
   node->logits = saved(logits);

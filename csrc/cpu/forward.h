@@ -8,7 +8,9 @@
 namespace tutelx {
 
 using Chosen = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-Chosen gate(const at::Tensor& logits, int64_t k, c10::string_view score, bool renormalize);
+Chosen gate(const at::Tensor& logits, int64_t k, c10::string_view score, bool renormalize,
+            const std::optional<at::Tensor>& bias = {}, int64_t num_groups = 1, int64_t kept_groups = 1,
+            int64_t best_of_group = 1);
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight);
 

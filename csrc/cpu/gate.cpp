@@ -7,75 +7,22 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <type_traits>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "../check.h"
 #include "activation.h"
+#include "best.h"
 #include "buffers.h"
+#include "choice.h"
 #include "forward.h"
 #include "parallel.h"
 #include "scalar.h"
 
 namespace tutelx {
 namespace {
-
-// The compiler's own vector types: it does not turn comparisons of floating-point lanes into vector code by itself.
-// Wider ones than a machine has become single numbers, so several of 32 bytes make up kLanes.
-template <class W>
-struct Vectors {
-  using Index = std::conditional_t<sizeof(W) == 4, int32_t, int64_t>;
-  static constexpr int64_t lanes = 32 / sizeof(W), count = kLanes / lanes;
-  typedef W Value __attribute__((vector_size(32)));
-  typedef Index Indices __attribute__((vector_size(32)));
-};
-
-// The largest of P values; NaN is never larger.
-template <class W>
-TUTELX_INLINE W largest(const W* value, int64_t P) {
-  using V = Vectors<W>;
-  typename V::Value best[V::count], v;
-  for (auto& b : best) b = typename V::Value{} - std::numeric_limits<W>::infinity();
-  for (int64_t e = 0; e < P; e += kLanes)
-    for (int64_t i = 0; i < V::count; ++i) {
-      std::memcpy(&v, value + e + i * V::lanes, sizeof v);
-      best[i] = v > best[i] ? v : best[i];
-    }
-  for (int64_t half = V::count / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) best[i] = best[i + half] > best[i] ? best[i + half] : best[i];
-  W lane[V::lanes];
-  std::memcpy(lane, best, sizeof lane);
-  for (int64_t half = V::lanes / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
-  return lane[0];
-}
-
-// The lowest index of a value among P, which holds it.
-template <class W>
-TUTELX_INLINE int32_t first_of(const W* value, W wanted, int64_t P) {
-  using V = Vectors<W>;
-  using Index = typename V::Index;
-  typename V::Value v;
-  typename V::Indices at[V::count], here;
-  Index lane[V::lanes];
-  for (int64_t i = 0; i < V::lanes; ++i) lane[i] = static_cast<Index>(i);
-  std::memcpy(&here, lane, sizeof here);
-  for (auto& a : at) a = here + static_cast<Index>(P);
-  here += static_cast<Index>(P - kLanes);
-  for (int64_t e = P - kLanes; e >= 0; e -= kLanes, here -= static_cast<Index>(kLanes))
-    for (int64_t i = 0; i < V::count; ++i) {
-      std::memcpy(&v, value + e + i * V::lanes, sizeof v);
-      at[i] = v == wanted ? here + static_cast<Index>(i * V::lanes) : at[i];
-    }
-  for (int64_t half = V::count / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) at[i] = at[i + half] < at[i] ? at[i + half] : at[i];
-  std::memcpy(lane, at, sizeof lane);
-  for (int64_t half = V::lanes / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lane[i] = lane[i + half] < lane[i] ? lane[i + half] : lane[i];
-  return static_cast<int32_t>(lane[0]);
-}
 
 // What one token leaves behind. score [P] is exp(logit - best) for softmax, to be multiplied with `factor`.
 template <class W>
@@ -101,28 +48,6 @@ TUTELX_INLINE Scored<W> score_token(const T* row, bool softmax, W* logit, W* sco
   return {best + std::log(total), factor, best};
 }
 
-// Many choices: a partial sort; few: one sweep each, with what was taken marked as NaN.
-constexpr int64_t kFewChoices = 16;
-
-// The k largest logits, largest first; of equal ones the lower index first. `logit` is used up.
-template <class W>
-TUTELX_INLINE void choose_few(W* logit, W best, int64_t P, int64_t K, int32_t* ids) {
-  for (int64_t k = 0; k < K; ++k) {
-    if (k > 0) best = largest(logit, P);
-    ids[k] = first_of(logit, best, P);
-    logit[ids[k]] = std::numeric_limits<W>::quiet_NaN();
-  }
-}
-
-template <class W>
-void choose_many(const W* logit, int64_t E, int64_t K, int32_t* ids, std::vector<int32_t>& scratch) {
-  scratch.resize(E);
-  for (int64_t e = 0; e < E; ++e) scratch[e] = static_cast<int32_t>(e);
-  std::partial_sort(scratch.begin(), scratch.begin() + K, scratch.end(),
-                    [logit](int32_t a, int32_t b) { return logit[a] > logit[b] || (logit[a] == logit[b] && a < b); });
-  std::copy_n(scratch.begin(), K, ids);
-}
-
 #define TUTELX_TOKEN(T)                                                                                    \
   TUTELX_SIMD Scored<wide_t<T>> score_simd(const T* row, bool softmax, wide_t<T>* logit, wide_t<T>* score, \
                                            wide_t<T>* sum, int64_t E) {                                    \
@@ -133,13 +58,6 @@ TUTELX_TOKEN(double)
 TUTELX_TOKEN(c10::BFloat16)
 TUTELX_TOKEN(c10::Half)
 #undef TUTELX_TOKEN
-TUTELX_SIMD void choose_simd(float* logit, float best, int64_t P, int64_t K, int32_t* ids) {
-  choose_few(logit, best, P, K, ids);
-}
-TUTELX_SIMD void choose_simd(double* logit, double best, int64_t P, int64_t K, int32_t* ids) {
-  choose_few(logit, best, P, K, ids);
-}
-
 template <class W>
 void check_row(const W* logit, W logsumexp, int64_t token, int64_t E) {
   if (std::isfinite(logsumexp)) return;
@@ -156,14 +74,16 @@ bool is_softmax(c10::string_view score) {
   return score == "softmax";
 }
 
-TokenGate::TokenGate(const at::Tensor& logits, int64_t k, c10::string_view score, bool renormalize, bool for_losses)
-    : logits_(logits), softmax_(is_softmax(score)), renormalize_(renormalize) {
+TokenGate::TokenGate(const at::Tensor& logits, int64_t k, c10::string_view score, bool renormalize, bool for_losses,
+                     ChoiceRule rule)
+    : logits_(logits), softmax_(is_softmax(score)), renormalize_(renormalize), rule_(std::move(rule)) {
   check_dim(logits, "logits", 2);
   check_floating(logits, "logits");
   const int64_t T = logits.size(0), E = logits.size(1);
   TORCH_CHECK_VALUE(E > 0, "logits.size(1)=", E, " must be at least 1 expert");
   TORCH_CHECK_VALUE(k >= 1 && k <= E, "top_k=", k, " is outside [1, num_experts=", E, "]");
   check_index_range(T * k, "T*K");
+  rule_.check(E, k);
   const auto wide = logits.options().dtype(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   ids_ = buffer({T, k}, wide.dtype(at::kInt));
   weights_ = buffer({T, k}, wide);
@@ -178,6 +98,8 @@ void TokenGate::choose(int64_t begin, int64_t end) {
   const int64_t E = logits_.size(1), K = ids_.size(1), P = padded(E);
   std::vector<W> logit(P), scores(P), forgotten(sums_.defined() ? 0 : P);
   std::vector<int32_t> scratch;
+  std::optional<Chooser<W>> by_rule;
+  if (!rule_.is_plain()) by_rule.emplace(rule_, E);
   const T* in = logits_.const_data_ptr<T>();
   W* weights = weights_.mutable_data_ptr<W>();
   for (int64_t t = begin; t < end; ++t) {
@@ -186,10 +108,10 @@ void TokenGate::choose(int64_t begin, int64_t end) {
     if (logsumexp_.defined()) logsumexp_.mutable_data_ptr<W>()[t] = token.logsumexp;
     check_row(logit.data(), token.logsumexp, t, E);
     int32_t* chosen = ids_.mutable_data_ptr<int32_t>() + t * K;
-    if (K > kFewChoices)
-      choose_many(logit.data(), E, K, chosen, scratch);
+    if (by_rule)
+      by_rule->choose(logit.data(), scores.data(), token.factor, K, chosen);
     else
-      choose_simd(logit.data(), token.best, P, K, chosen);
+      choose_best(logit.data(), token.best, E, K, chosen, scratch);
     W total = 0;
     for (int64_t i = 0; i < K; ++i) total += weights[t * K + i] = scores[chosen[i]] * token.factor;
     // All chosen scores can underflow (sigmoid of very negative logits); zero weights then, not 0/0.
@@ -213,8 +135,11 @@ at::Tensor TokenGate::score_sum() const {
   return sum;
 }
 
-Chosen gate(const at::Tensor& logits, int64_t k, c10::string_view score, bool renormalize) {
-  TokenGate gate(logits.contiguous(), k, score, renormalize, true);
+Chosen gate(const at::Tensor& logits, int64_t k, c10::string_view score, bool renormalize,
+            const std::optional<at::Tensor>& bias, int64_t num_groups, int64_t kept_groups, int64_t best_of_group) {
+  ChoiceRule rule{bias, num_groups, kept_groups, best_of_group};
+  if (bias) rule.bias = bias->to(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+  TokenGate gate(logits.contiguous(), k, score, renormalize, true, std::move(rule));
   const int64_t T = logits.size(0);
   parallel_items((T + kTokensPerBlock - 1) / kTokensPerBlock,
                  [&](int64_t b) { gate.tokens(b * kTokensPerBlock, std::min(T, (b + 1) * kTokensPerBlock)); });

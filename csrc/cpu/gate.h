@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "best.h"
+#include "choice.h"
 #include "parallel.h"
 
 namespace tutelx {
@@ -12,10 +14,6 @@ constexpr int64_t kTokensPerBlock = 256;  // fixed, so that score_sum adds up in
 
 // Whether it is softmax and not sigmoid.
 bool is_softmax(c10::string_view score);
-
-// Rows are kept in a buffer of whole vectors: what is written for one lane, the compiler does for all.
-constexpr int64_t kLanes = 16;
-inline int64_t padded(int64_t E) { return (E + kLanes - 1) / kLanes * kLanes; }
 
 template <class W>
 TUTELX_INLINE W sum_lanes(W* lane) {
@@ -29,7 +27,8 @@ class TokenGate {
  public:
   // logits [T,E] contiguous, read when their tokens' turn comes. for_losses: whether logsumexp and score_sum are
   // wanted.
-  TokenGate(const at::Tensor& logits, int64_t k, c10::string_view score, bool renormalize, bool for_losses);
+  TokenGate(const at::Tensor& logits, int64_t k, c10::string_view score, bool renormalize, bool for_losses,
+            ChoiceRule rule = {});
 
   // Each token is chosen for once. Tokens of two calls at a time lie in different blocks if score_sum is wanted.
   void tokens(int64_t begin, int64_t end);
@@ -44,6 +43,7 @@ class TokenGate {
 
   at::Tensor logits_, ids_, weights_, logsumexp_, sums_;  // sums_ [blocks, padded(E)]
   bool softmax_, renormalize_;
+  ChoiceRule rule_;
 };
 
 }  // namespace tutelx

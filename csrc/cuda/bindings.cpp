@@ -215,8 +215,17 @@ void check_gate(const Tensor& logits, int64_t k) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gate(const Tensor& logits, int64_t k, c10::string_view score,
-                                                bool renormalize) {
+                                                bool renormalize, const OptionalTensor& bias, int64_t num_groups,
+                                                int64_t kept_groups, int64_t best_of_group) {
   check_gate(logits, k);
+  check_groups(logits.size(1), k, num_groups, kept_groups, best_of_group);
+  TORCH_CHECK_VALUE(num_groups <= kernels::kGateMaxGroups, "num_groups=", num_groups, " exceeds ",
+                    kernels::kGateMaxGroups, ", the number of groups the CUDA gate can handle");
+  if (bias) {
+    check_dim(*bias, "bias", 1);
+    check_size(*bias, "bias", 0, logits.size(1), "num_experts");
+    check_device(*bias, "bias", logits, "logits");
+  }
   const c10::cuda::CUDAGuard guard(logits.device());
   const int64_t T = logits.size(0), E = logits.size(1);
   const DType dtype = dtype_of(logits, "logits");
@@ -225,10 +234,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate(const Tensor& logits, int64_t k,
   const Tensor expert_ids = at::empty({T, k}, in.options().dtype(at::kInt)), weights = at::empty({T, k}, wide),
                score_sum = at::empty({E}, wide), logsumexp = at::empty({T}, wide);
   const Tensor memory = scratch(kernels::gate_scratch_bytes(T, E, dtype), in);
+  const Tensor added = bias ? bias->to(wide_type(in)).contiguous() : Tensor();
+  const kernels::GateChoice choice{bias ? added.const_data_ptr() : nullptr, num_groups, kept_groups, best_of_group};
   C10_CUDA_CHECK(kernels::launch_gate(in.const_data_ptr(), ints(expert_ids), weights.mutable_data_ptr(),
                                       score_sum.mutable_data_ptr(), logsumexp.mutable_data_ptr(),
-                                      memory.mutable_data_ptr(), T, E, k, parse_score(score), renormalize, dtype,
-                                      stream_of(in)));
+                                      memory.mutable_data_ptr(), T, E, k, parse_score(score), renormalize, choice,
+                                      dtype, stream_of(in)));
   return {expert_ids, weights, score_sum, logsumexp};
 }
 

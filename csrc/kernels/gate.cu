@@ -53,14 +53,76 @@ struct GateOutput {
   A* partial_sums;      // [blocks,E]
 };
 
-// The K best of one token, best first, of equal ones the lower index first.
-template <class A, int kItems>
-__device__ __forceinline__ void choose(const A (&logit)[kItems], int E, int K, bool softmax, bool renormalize, A best,
-                                       A inverse_total, int32_t* ids, A* weights) {
+// GateChoice, for a kernel.
+template <class A>
+struct Choice {
+  const A* bias;
+  int groups, kept, size;  // size: experts of a group
+  bool two;                // whether a group is as good as its best two
+};
+
+// How experts are compared where there is a bias or groups. score_of(x): the score of a logit.
+template <class A, class ScoreOf>
+__device__ __forceinline__ A value_of(A logit, const Choice<A>& choice, int e, const ScoreOf& score_of) {
+  return choice.bias ? score_of(logit) + choice.bias[e] : logit;
+}
+
+// Bit j: whether group lane + 32*j is one of the best; of equal ones the lower index. value_at(e): of an expert.
+// goodness [groups] is the warp's own.
+template <class A, class ValueAt>
+__device__ __forceinline__ uint32_t keep_groups(const Choice<A>& choice, SharedPtr<A> goodness,
+                                                const ValueAt& value_at) {
+  const int lane = threadIdx.x % kWarpSize;
+  for (int g = lane; g < choice.groups; g += kWarpSize) {
+    A first = -INFINITY, second = -INFINITY;
+    for (int i = 0; i < choice.size; ++i) {
+      const A value = value_at(g * choice.size + i);
+      if (value > first) {
+        second = first;
+        first = value;
+      } else if (value > second) {
+        second = value;
+      }
+    }
+    goodness[g] = choice.two ? first + second : first;
+  }
+  __syncwarp();
+  uint32_t kept = 0;
+  for (int g = lane, j = 0; g < choice.groups; g += kWarpSize, ++j) {
+    const A mine = goodness[g];
+    int better = 0;
+    for (int other = 0; other < choice.groups; ++other) {
+      const A theirs = goodness[other];
+      better += theirs > mine || (theirs == mine && other < g);
+    }
+    if (better < choice.kept) kept |= 1u << j;
+  }
+  __syncwarp();  // before the next token overwrites goodness
+  return kept;
+}
+
+// Bit i: expert lane + 32*i is no candidate. kept: of keep_groups.
+template <int kItems>
+__device__ __forceinline__ uint32_t outside_groups(uint32_t kept, int E, int size) {
+  const int lane = threadIdx.x % kWarpSize;
+  uint32_t outside = 0;
+#pragma unroll 1
+  for (int i = 0; i < kItems; ++i) {
+    const int g = min(lane + i * kWarpSize, E - 1) / size;
+    const uint32_t of_group = __shfl_sync(kAllLanes, kept, g % kWarpSize);
+    if (!(of_group >> (g / kWarpSize) & 1)) outside |= 1u << i;
+  }
+  return outside;
+}
+
+// The K greatest values of one token, greatest first, of equal ones the lower index first. taken: bit i: value[i] is no
+// candidate. score_of(e, value): an expert's.
+template <class A, int kItems, class ScoreOf>
+__device__ __forceinline__ void choose(const A (&value)[kItems], uint32_t taken, int E, int K, bool renormalize,
+                                       const ScoreOf& score_of, int32_t* ids, A* weights) {
   using Key = decltype(sort_key(A()));
   [[maybe_unused]] constexpr int kUnroll = kUnrolled<A, kItems>;
   const int lane = threadIdx.x % kWarpSize;
-  uint32_t taken = 0;  // bit i: logit[i] has been chosen
   A sum = 0;
   for (int k = 0; k < K; ++k) {
     Key mine = 0;
@@ -68,7 +130,7 @@ __device__ __forceinline__ void choose(const A (&logit)[kItems], int E, int K, b
 #pragma unroll kUnroll
     for (int i = 0; i < kItems; ++i) {
       const int e = lane + i * kWarpSize;
-      const Key key = e < E && !(taken >> i & 1) ? sort_key(logit[i]) : 0;
+      const Key key = e < E && !(taken >> i & 1) ? sort_key(value[i]) : 0;
       if (key > mine) {
         mine = key;
         mine_at = e;
@@ -77,8 +139,7 @@ __device__ __forceinline__ void choose(const A (&logit)[kItems], int E, int K, b
     const Key winner = warp_max_bits(mine);
     const uint32_t e = __reduce_min_sync(kAllLanes, mine == winner ? mine_at : static_cast<uint32_t>(E));
     if (static_cast<int>(e % kWarpSize) == lane) taken |= 1u << (e / kWarpSize);
-    const A x = from_key(winner);
-    const A score = softmax ? exp(x - best) * inverse_total : sigmoid(x);
+    const A score = score_of(static_cast<int>(e), from_key(winner));
     sum += score;
     if (k % kWarpSize == lane) {
       ids[k] = static_cast<int32_t>(e);
@@ -91,12 +152,21 @@ __device__ __forceinline__ void choose(const A (&logit)[kItems], int E, int K, b
   }
 }
 
-template <class T, int kItems>
-__global__ void __launch_bounds__(kBlock) gate_kernel(const T* __restrict__ logits, GateOutput<Acc<T>> out,
-                                                      int64_t tokens, int E, int K, bool softmax, bool renormalize) {
+// Blocks a multiprocessor, 0: as ptxas likes. With a choice it would take fewer registers than it needs and spill.
+template <int kItems, bool kChoice>
+constexpr int kBlocks = !kChoice       ? 0
+                        : kItems <= 8  ? 8
+                        : kItems <= 16 ? 5
+                                       : 3;
+
+// kChoice: whether there is a bias, or groups of which some are left out.
+template <class T, int kItems, bool kChoice>
+__global__ void __launch_bounds__(kBlock, (kBlocks<kItems, kChoice>))
+    gate_kernel(const T* __restrict__ logits, GateOutput<Acc<T>> out, Choice<Acc<T>> choice, int64_t tokens, int E,
+                int K, bool softmax, bool renormalize) {
   using A = Acc<T>;
   [[maybe_unused]] constexpr int kUnroll = kUnrolled<A, kItems>;
-  TUTELX_DYNAMIC_SHARED(A, warp_sums);  // [kWarps][E]
+  TUTELX_DYNAMIC_SHARED(A, warp_sums);  // [kWarps][E], and with kChoice [kWarps][groups] of groups
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const SharedPtr<A> score_sum = warp_sums + warp * E;
   for (int e = lane; e < E; e += kWarpSize) score_sum[e] = 0;
@@ -128,7 +198,26 @@ __global__ void __launch_bounds__(kBlock) gate_kernel(const T* __restrict__ logi
       if (e < E) score_sum[e] += softmax ? exp(logit[i] - best) * inverse_total : sigmoid(logit[i]);
     }
 
-    choose(logit, E, K, softmax, renormalize, best, inverse_total, out.expert_ids + t * K, out.weights + t * K);
+    const auto score_of = [&](A x) { return softmax ? exp(x - best) * inverse_total : sigmoid(x); };
+    int32_t* const ids = out.expert_ids + t * K;
+    A* const weights = out.weights + t * K;
+    if constexpr (kChoice) {
+      const T* const logits_E = logits + t * E;
+      uint32_t outside = 0;
+      if (choice.kept < choice.groups) {
+        const SharedPtr<A> goodness = warp_sums + kWarps * E + warp * choice.groups;
+        const auto value_at = [&](int e) { return value_of(A(widen(logits_E[e])), choice, e, score_of); };
+        outside = outside_groups<kItems>(keep_groups(choice, goodness, value_at), E, choice.size);
+      }
+#pragma unroll kUnroll
+      for (int i = 0; i < kItems; ++i) {
+        const int e = lane + i * kWarpSize;
+        if (e < E) logit[i] = value_of(logit[i], choice, e, score_of);
+      }
+      choose(logit, outside, E, K, renormalize, [&](int e, A) { return score_of(widen(logits_E[e])); }, ids, weights);
+    } else {
+      choose(logit, 0u, E, K, renormalize, [&](int, A x) { return score_of(x); }, ids, weights);
+    }
   }
 
   __syncthreads();
@@ -242,6 +331,10 @@ __global__ void __launch_bounds__(kBlock, 8)
 bool valid(int64_t T, int64_t E, int64_t K) {
   return T >= 0 && T <= INT32_MAX && E >= 1 && E <= kGateMaxExperts && K >= 1 && K <= E;
 }
+bool valid(const GateChoice& c, int64_t E, int64_t K) {
+  return c.groups >= 1 && c.groups <= kGateMaxGroups && E % c.groups == 0 && c.kept >= 1 && c.kept <= c.groups &&
+         K <= c.kept * (E / c.groups) && (c.best_of == 1 || c.best_of == 2);
+}
 
 // Calls launch(Constant<kItems>()) with the number of logits a lane holds.
 template <class A, class Launch>
@@ -263,21 +356,30 @@ size_t gate_scratch_bytes(int64_t T, int64_t E, DType dtype) {
 }
 
 cudaError_t launch_gate(const void* logits, int32_t* expert_ids, void* weights, void* score_sum, void* logsumexp,
-                        void* scratch, int64_t T, int64_t E, int64_t K, Score score, bool renormalize, DType dtype,
-                        cudaStream_t stream) {
-  if (!valid(T, E, K)) return cudaErrorInvalidValue;
+                        void* scratch, int64_t T, int64_t E, int64_t K, Score score, bool renormalize,
+                        const GateChoice& choice, DType dtype, cudaStream_t stream) {
+  if (!valid(T, E, K) || !valid(choice, E, K)) return cudaErrorInvalidValue;
   return with_type(dtype, [&](auto type) {
     using Element = TypeIn<decltype(type)>;
     using A = Acc<Element>;
     const int blocks = gate_blocks(T), experts = static_cast<int>(E);
+    const bool plain = !choice.bias && choice.kept == choice.groups;
+    const int groups = plain ? 0 : static_cast<int>(choice.groups);
+    const int size = static_cast<int>(E / choice.groups);
+    const Choice<A> for_kernel{static_cast<const A*>(choice.bias), groups, static_cast<int>(choice.kept), size,
+                               choice.best_of == 2 && size > 1};
     if (blocks > 0) {
       const GateOutput<A> out{expert_ids, static_cast<A*>(weights), static_cast<A*>(logsumexp),
                               static_cast<A*>(scratch)};
       const cudaError_t error = with_items<A>(E, [&](auto items) {
-        TUTELX_LAUNCH((gate_kernel<Element, decltype(items)::value>), blocks, kBlock, kWarps * E * sizeof(A), stream)
-        (static_cast<const Element*>(logits), out, T, experts, static_cast<int>(K), score == Score::softmax,
-         renormalize);
-        return cudaGetLastError();
+        const auto launch = [&](auto limited) {
+          TUTELX_LAUNCH((gate_kernel<Element, decltype(items)::value, decltype(limited)::value>), blocks, kBlock,
+                        kWarps * (E + groups) * sizeof(A), stream)
+          (static_cast<const Element*>(logits), out, for_kernel, T, experts, static_cast<int>(K),
+           score == Score::softmax, renormalize);
+          return cudaGetLastError();
+        };
+        return plain ? launch(Constant<0>()) : launch(Constant<1>());
       });
       if (error != cudaSuccess) return error;
     }

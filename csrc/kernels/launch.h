@@ -76,12 +76,21 @@ cudaError_t launch_decode_backward(const void* dy, const void* rows, const int32
 
 constexpr int64_t kGateMaxExperts = 1024;
 
-// weights, score_sum, logsumexp and their gradients are f32, or f64 for f64 logits.
+constexpr int64_t kGateMaxGroups = 256;
+
+// Experts are compared by score + bias where there is a bias, else by logit. Of `groups` groups of as many experts each
+// only those of the `kept` best are candidates; a group is as good as the sum of its best `best_of`, 1 or 2.
+struct GateChoice {
+  const void* bias;  // [E] or null
+  int64_t groups, kept, best_of;
+};
+
+// bias, weights, score_sum, logsumexp and their gradients are f32, or f64 for f64 logits.
 size_t gate_scratch_bytes(int64_t T, int64_t E, DType dtype);
 
 cudaError_t launch_gate(const void* logits, int32_t* expert_ids, void* weights, void* score_sum, void* logsumexp,
-                        void* scratch, int64_t T, int64_t E, int64_t K, Score score, bool renormalize, DType dtype,
-                        cudaStream_t stream);
+                        void* scratch, int64_t T, int64_t E, int64_t K, Score score, bool renormalize,
+                        const GateChoice& choice, DType dtype, cudaStream_t stream);
 
 cudaError_t launch_gate_backward(const void* dweights, const void* dscore_sum, const void* dlogsumexp,
                                  const void* logits, const int32_t* expert_ids, const void* logsumexp, void* dlogits,

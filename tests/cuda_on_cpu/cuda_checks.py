@@ -103,15 +103,17 @@ def check_decode(kernels: Kernels, case_seed, T, K, E, D, dtype, weights_dtype, 
         assert_close(dweights, exact_dweights, weights_dtype, size)
 
 
-def check_gate(kernels: Kernels, case_seed, T, E, K, score, renormalize, dtype):
+def check_gate(kernels: Kernels, case_seed, T, E, K, score, renormalize, dtype, biased=False, **groups):
+    """`groups`: groups, kept and best_of."""
     rng = np.random.default_rng(case_seed)
     logits = to_storage(2 * rng.standard_normal((T, E)), dtype)
     logits[rng.random((T, E)) < 0.2] = to_storage(np.array(3.5), dtype)  # ties among the best
     logits_f = to_float(logits, dtype)
     wide = "f64" if dtype == "f64" else "f32"
 
-    ids, weights, score_sum, logsumexp = kernels.gate(logits, K, score, renormalize, dtype)
-    exact = reference.gate(logits_f, K, score, renormalize)
+    bias = to_storage(rng.standard_normal(E) / 4, wide) if biased else None
+    ids, weights, score_sum, logsumexp = kernels.gate(logits, K, score, renormalize, dtype, bias, **groups)
+    exact = reference.gate(logits_f, K, score, renormalize, bias if bias is None else to_float(bias, wide), **groups)
     np.testing.assert_array_equal(ids, exact[0])
     for actual, expected in zip((weights, score_sum, logsumexp), exact[1:], strict=True):
         assert_close(actual, expected, wide, 1 + np.abs(expected))

@@ -259,14 +259,16 @@ class Kernels:
         self.call("decode", "decode_backward", *inputs, drows, dweights, *sizes)
         return drows.array, dweights.array
 
-    def gate(self, logits, K, score, renormalize, dtype):
+    def gate(self, logits, K, score, renormalize, dtype, bias=None, groups=1, kept=1, best_of=1):
         T, E = logits.shape
         wide = np.float64 if dtype == "f64" else np.float32
         ids = self.output((T, K), np.int32)
         weights, score_sum, logsumexp = (self.output(shape, wide) for shape in ((T, K), (E,), (T,)))
         scratch = self.scratch("gate", T, E, DTYPES[dtype])
-        sizes = T, E, K, SCORES[score], renormalize, DTYPES[dtype]
-        self.call("gate", "gate", self.input(logits), ids, weights, score_sum, logsumexp, scratch, *sizes)
+        sizes = T, E, K, SCORES[score], renormalize
+        choice = self.input(bias), groups, kept, best_of
+        outputs = ids, weights, score_sum, logsumexp
+        self.call("gate", "gate", self.input(logits), *outputs, scratch, *sizes, *choice, DTYPES[dtype])
         return ids.array, weights.array, score_sum.array, logsumexp.array
 
     def gate_backward(self, dweights, dscore_sum, dlogsumexp, logits, ids, logsumexp, score, renormalize, dtype):

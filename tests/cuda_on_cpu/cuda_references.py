@@ -70,7 +70,15 @@ def scores_of(x_E, score):
     return np.exp(x_E - logsumexp(x_E))
 
 
-def gate(logits_TE, K, score, renormalize):
+def candidates(value_E, groups, kept, best_of):
+    """The experts in the best groups, one after the other."""
+    by_group = np.reshape(value_E, (groups, -1))
+    goodness = np.sort(by_group, axis=1)[:, ::-1][:, :best_of].sum(axis=1)
+    best = sorted(range(groups), key=lambda g: (-goodness[g], g))[:kept]
+    return [g * by_group.shape[1] + i for g in best for i in range(by_group.shape[1])]
+
+
+def gate(logits_TE, K, score, renormalize, bias=None, groups=1, kept=1, best_of=1):
     T, E = logits_TE.shape
     ids = np.zeros((T, K), dtype=np.int32)
     weights = np.zeros((T, K))
@@ -78,7 +86,8 @@ def gate(logits_TE, K, score, renormalize):
     lse = np.zeros(T)
     for t, x in enumerate(logits_TE):
         s = scores_of(x, score)
-        ids[t] = sorted(range(E), key=lambda e: (-x[e], e))[:K]
+        value = x if bias is None else s + bias
+        ids[t] = sorted(candidates(value, groups, kept, best_of), key=lambda e: (-value[e], e))[:K]
         weights[t] = s[ids[t]]
         if renormalize:
             weights[t] /= weights[t].sum()

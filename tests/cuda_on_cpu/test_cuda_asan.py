@@ -37,6 +37,7 @@ for seed in (0, 1):
             for K in (1, 2, 5):
                 checks.check_decode(kernels, 1, 7, K, 4, D, "bf16", "f32", padded=False)
         checks.check_gate(kernels, 1, 9, 70, 5, "softmax", True, "f32")
+        checks.check_gate(kernels, 1, 9, 70, 5, "sigmoid", True, "f32", biased=True, groups=5, kept=2, best_of=2)
         checks.check_activation(kernels, 1, 5, 33, "gelu", "f16", gated=True, padding=7)
 print("all checks passed")
 """

@@ -1,5 +1,7 @@
 """Every kernel against its reference: all number types, odd sizes, several orders of the threads."""
 
+import itertools
+
 import cuda_checks as checks
 import numpy as np
 import pytest
@@ -176,8 +178,57 @@ def test_gate(T, E, K, dtype, score, renormalize):
         checks.check_gate(Kernels(seed=seed), seed, T, E, K, score, renormalize, dtype)
 
 
+GROUPED_SIZES = [
+    (0, 6, 2, 3, 2, 1),  # T, E, K, groups, kept, best_of
+    (5, 1, 1, 1, 1, 2),
+    (9, 12, 3, 12, 5, 2),
+    (11, 60, 7, 4, 2, 2),
+    (6, 99, 6, 33, 3, 1),
+    (4, 256, 8, 8, 4, 2),
+    (3, 512, 20, 256, 40, 2),
+    (3, 1024, 9, 2, 1, 2),
+]
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "E", "K", "groups", "kept", "best_of"), GROUPED_SIZES)
+def test_gate_with_groups(T, E, K, groups, kept, best_of, dtype, biased):
+    for seed, score in zip(THREAD_ORDERS, itertools.cycle(["sigmoid", "softmax"])):
+        kernels, options = Kernels(seed=seed), {"groups": groups, "kept": kept, "best_of": best_of}
+        checks.check_gate(kernels, seed, T, E, K, score, True, dtype, biased=biased, **options)
+
+
+def test_gate_with_a_bias_alone():
+    checks.check_gate(Kernels(), 0, 9, 70, 5, "sigmoid", True, "f32", biased=True)
+
+
+@pytest.mark.parametrize(
+    "groups", [(4, 2, 1), (3, 4, 1), (3, 0, 1), (3, 2, 3), (3, 1, 1), (0, 0, 1), (257, 2, 1)], ids=str
+)
+def test_gate_refuses_groups_that_do_not_fit(groups):
+    E = 514 if groups[0] == 257 else 6
+    with pytest.raises(ValueError, match=r"cudaError_t 1$"):
+        Kernels().gate(np.zeros((2, E), dtype=np.float32), 3, "softmax", True, "f32", None, *groups)
+
+
+def test_gate_with_groups_survives_logits_that_are_not_numbers():
+    logits = np.random.default_rng(0).standard_normal((5, 12)).astype(np.float32)
+    logits[0, 5] = np.nan
+    logits[1] = np.nan
+    logits[2, 4:8] = -np.inf
+    logits[3, 9] = np.inf
+    logits[4, 0:3] = np.inf, -np.inf, np.nan
+    for bias in (None, np.zeros(12, dtype=np.float32)):
+        ids, *_ = Kernels(seed=1).gate(logits, 6, "sigmoid", True, "f32", bias, 4, 2, 2)
+        for t in range(5):
+            assert len(set(ids[t])) == 6
+            assert set(ids[t]) <= set(range(12))
+
+
 def test_gate_with_more_tokens_than_warps_in_the_grid():
     checks.check_gate(Kernels(), 0, 4500, 3, 2, "softmax", True, "f32")
+    checks.check_gate(Kernels(), 0, 4500, 4, 2, "softmax", True, "f32", groups=2, kept=1)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

@@ -43,6 +43,13 @@ def gate(kernels):
         checks.check_gate(kernels, 1, 37, 70, 5, score, True, "f32")
 
 
+def gate_in_groups(kernels):
+    options = {"groups": 6, "kept": 2, "best_of": 2}
+    checks.check_gate(kernels, 1, 37, 72, 5, "sigmoid", True, "f32", biased=True, **options)
+    checks.check_gate(kernels, 2, 21, 72, 5, "softmax", True, "f32", **options)
+    checks.check_gate(kernels, 3, 4500, 4, 2, "softmax", True, "f32", groups=2, kept=1)  # several tokens a warp
+
+
 def activation(kernels):
     for kind in ("silu", "gelu", "gelu_tanh", "relu"):
         checks.check_activation(kernels, 1, 5, 40, kind, "f32", gated=True, padding=8)
@@ -235,6 +242,43 @@ MUTANTS = [
         name="renormalisation without its mean",
         check=gate,
         mutation=Mutation(file="gate.cu", old="(dweights[k] - mean) /", new="dweights[k] /"),
+    ),
+    Mutant(
+        name="all groups kept",
+        check=gate_in_groups,
+        mutation=Mutation(file="gate.cu", old="if (better < choice.kept)", new="if (better <= choice.groups)"),
+    ),
+    Mutant(
+        name="higher group wins ties",
+        check=gate_in_groups,
+        mutation=Mutation(file="gate.cu", old="theirs == mine && other < g", new="theirs == mine && other > g"),
+        quick=True,
+    ),
+    Mutant(
+        name="the best two by the best alone",
+        check=gate_in_groups,
+        mutation=Mutation(file="gate.cu", old="        second = first;\n", new=""),
+    ),
+    Mutant(
+        name="no barrier between goodness and its reading",
+        check=gate_in_groups,
+        mutation=Mutation(file="gate.cu", old="  __syncwarp();\n  uint32_t kept = 0;", new="  uint32_t kept = 0;"),
+    ),
+    Mutant(
+        name="no barrier before the next token's goodness",
+        check=gate_in_groups,
+        mutation=Mutation(
+            file="gate.cu", old="  __syncwarp();  // before the next token overwrites goodness\n", new=""
+        ),
+    ),
+    Mutant(
+        name="weighed with the bias",
+        check=gate_in_groups,
+        mutation=Mutation(
+            file="gate.cu",
+            old="[&](int e, A) { return score_of(widen(logits_E[e])); }",
+            new="[&](int, A x) { return x; }",
+        ),
     ),
     Mutant(
         name="silu for its slope",

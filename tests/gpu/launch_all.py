@@ -48,6 +48,8 @@ def gates(dtype: torch.dtype) -> None:
             logits = on_device(tokens, experts, dtype=dtype)
             gated = ops.gate(logits, top_k, score=score)
             torch.autograd.grad(gated[1:], logits, [g.detach() for g in gated[1:]])
+            num_groups = experts if experts <= 256 else 1
+            ops.gate(logits, 1, score=score, bias=gated.score_sum.detach(), num_groups=num_groups, best_of_group=2)
 
 
 def activations(dtype: torch.dtype, shift: int) -> None:

@@ -80,6 +80,16 @@ def test_gate(tokens, experts, top_k, score, normalize, dtype):
     checks.check_gate(tokens, experts, top_k, dtype, CUDA, score=score, normalize=normalize)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("best_of_group", [1, 2])
+def test_gate_with_groups(best_of_group, biased, dtype):
+    sizes = (300, 64, 6, 8, 3), (5, 99, 20, 33, 11), (5000, 16, 2, 4, 2)
+    for tokens, experts, top_k, num_groups, kept_groups in sizes:
+        groups = {"num_groups": num_groups, "kept_groups": kept_groups, "best_of_group": best_of_group}
+        checks.check_gate(tokens, experts, top_k, dtype, CUDA, score="sigmoid", biased=biased, **groups)
+
+
 def test_gate_breaks_ties_as_on_the_cpu():
     logits = torch.randint(-2, 3, (500, 40), generator=torch.Generator().manual_seed(0)).float()
     assert torch.equal(ops.gate(logits.to(CUDA), 7).expert_ids.cpu(), ops.gate(logits, 7).expert_ids)

@@ -82,11 +82,12 @@ def check_decode(
 
 
 def check_gate(tokens: int, experts: int, top_k: int, dtype: torch.dtype, device: str = "cpu", **options) -> None:
-    """options: score, normalize."""
+    """options: score, normalize, and those of groups; biased: with a bias."""
     logits = leaf(tokens, experts, dtype=dtype, device=device)
     logits64 = wide(logits)
-    given = ops.gate(logits, top_k, **options)
-    expected = reference.gate(logits64, top_k, **options)
+    bias = tensor(experts, seed=5) / 4 if options.pop("biased", False) else None
+    given = ops.gate(logits, top_k, bias=bias if bias is None else bias.to(device), **options)
+    expected = reference.gate(logits64, top_k, bias=bias, **options)
     assert torch.equal(given.expert_ids.cpu(), expected[0])
     kind = torch.float64 if dtype == torch.float64 else torch.float32
     for name, a, b in zip(("weights", "score_sum", "logsumexp"), given[1:], expected[1:]):

@@ -13,8 +13,9 @@ from torch import nn
 from tutelx import ops
 from tutelx.gates import losses
 from tutelx.gates.base import LinearGate, check_coefficients, check_ints, top_score, wide
-from tutelx.gates.groups import check_experts, check_groups, choose_in_groups
+from tutelx.gates.groups import check_experts, check_groups
 from tutelx.gates.statistics import expert_counts
+from tutelx.ops.gate import Gated
 from tutelx.types import Capacity, Routing
 
 
@@ -72,38 +73,32 @@ class GroupLimitedGate(LinearGate):
         """x [T, M] -> Routing."""
         config = self.config
         k = config.k if top_k is None else top_k
+        check_experts(self.out_features, config.num_groups, config.kept_groups, k)
         logits = self.logits(x)
-        # The scores of all experts, and those of the chosen ones where groups limit nothing.
-        gated = ops.gate(logits, k, normalize=False)
-        expert_ids, weights = gated.expert_ids, gated.weights
-        if config.kept_groups < config.num_groups:
-            expert_ids = choose_in_groups(
-                logits, k, num_groups=config.num_groups, kept_groups=config.kept_groups, best_of_group=1
-            )
-            chosen = logits.gather(1, expert_ids.long()).to(weights.dtype)
-            weights = torch.exp(chosen - gated.logsumexp.unsqueeze(1))
+        gated = ops.gate(
+            logits, k, normalize=False, num_groups=config.num_groups, kept_groups=config.kept_groups, best_of_group=1
+        )
         return Routing(
-            expert_ids=expert_ids,
-            weights=weights * config.scale,
-            aux_losses=self._losses(logits, expert_ids, gated.score_sum),
+            expert_ids=gated.expert_ids,
+            weights=gated.weights * config.scale,
+            aux_losses=self._losses(logits, gated),
             logits=logits,
             priority=top_score(logits, gated, "softmax") if prioritized else None,
         )
 
-    def _losses(
-        self, logits: torch.Tensor, expert_ids: torch.Tensor, score_sum: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        config, aux = self.config, {}
-        if torch.is_grad_enabled() and logits.requires_grad:
-            devices = config.num_groups
-            if config.balance_coef:
-                aux["balance"] = config.balance_coef * losses.expert_balance(expert_ids, score_sum)
-            if config.device_coef:
-                aux["device"] = config.device_coef * losses.device_balance(expert_ids, score_sum, devices)
-            if config.communication_coef:
-                value = losses.communication_balance(expert_ids, score_sum, devices, config.kept_groups)
-                aux["communication"] = config.communication_coef * value
-        return aux
+    def _losses(self, logits: torch.Tensor, gated: Gated) -> dict[str, torch.Tensor]:
+        config = self.config
+        coefs = {
+            "balance": config.balance_coef,
+            "device": config.device_coef,
+            "communication": config.communication_coef,
+        }
+        if not (torch.is_grad_enabled() and logits.requires_grad and any(coefs.values())):
+            return {}
+        values = losses.device_limited_balances(
+            gated.expert_ids, gated.score_sum, config.num_groups, config.kept_groups
+        )
+        return {name: coef * value for (name, coef), value in zip(coefs.items(), values) if coef}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,34 +171,32 @@ class BiasBalancedGate(LinearGate):
         """x [T, M] -> Routing. Training calls with gradients count their choices for :meth:`update_bias`."""
         config = self.config
         k = config.k if top_k is None else top_k
+        check_experts(self.out_features, config.num_groups, config.kept_groups, k)
         logits = self.logits(x)
-        # Says which logit is not a number; the choice below sees only sigmoids.
-        gated = ops.gate(logits, 1, score="sigmoid", normalize=False)
-        scores = logits.detach().to(wide(logits.dtype)).sigmoid()
-        expert_ids = choose_in_groups(
-            scores + self.bias_correction.to(scores.dtype),
+        gated = ops.gate(
+            logits,
             k,
+            score="sigmoid",
+            bias=self.bias_correction,
             num_groups=config.num_groups,
             kept_groups=config.kept_groups,
             best_of_group=2,
         )
-        chosen = logits.gather(1, expert_ids.long()).to(scores.dtype).sigmoid()
-        total = chosen.sum(dim=1, keepdim=True)
-        # All chosen scores can underflow; zero weights then, not 0/0.
-        weights = config.scale * chosen / torch.where(total > 0, total, 1.0)
         aux = {}
         if torch.is_grad_enabled() and logits.requires_grad:
             if self.training and not _runs_again():
-                self._count(expert_ids)
+                self._count(gated.expert_ids)
             if config.sequence_coef:
-                value = losses.sequence_balance(expert_ids, logits.to(scores.dtype).sigmoid(), config.sequence_length)
+                scores = logits.to(wide(logits.dtype)).sigmoid()
+                value = losses.sequence_balance(gated.expert_ids, scores, config.sequence_length)
                 aux["sequence"] = config.sequence_coef * value
         return Routing(
-            expert_ids=expert_ids,
-            weights=weights,
+            expert_ids=gated.expert_ids,
+            weights=gated.weights * config.scale,
             aux_losses=aux,
             logits=logits,
-            priority=top_score(logits, gated, "sigmoid") if prioritized else None,
+            # The best score of all experts: of the chosen ones the first is best with its bias only.
+            priority=logits.detach().amax(dim=1).to(gated.weights.dtype) if prioritized else None,
         )
 
     def _count(self, expert_ids: torch.Tensor) -> None:

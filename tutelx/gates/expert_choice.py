@@ -68,45 +68,44 @@ class ExpertChoiceGate(LinearGate):
         k = self.config.k if top_k is None else top_k
         check_ints(top_k=k)
         check_at_most("top_k", k, num_experts)
-        scores = logits.to(wide(logits.dtype)).softmax(dim=1)
-        _check_finite(logits, scores)
         rows = row_limit(capacity, tokens=tokens, top_k=k, num_experts=num_experts)
         if rows is None:
             rows = max(1, math.ceil(k * tokens / num_experts))
-        expert_ids = _by_token(_best_tokens(scores.detach(), min(rows, tokens)), tokens)
-        weights = scores.gather(1, expert_ids.clamp_min(0).long()).masked_fill(expert_ids < 0, 0.0)
-        return Routing(
-            expert_ids=expert_ids, weights=weights, logits=logits, top_k=k, capacity=max(1, min(rows, tokens))
-        )
+        rows = min(rows, tokens)
+        if rows == tokens:  # every expert takes every token
+            expert_ids, weights, *_ = ops.gate(logits, num_experts, normalize=False)
+        else:
+            scores = logits.to(wide(logits.dtype)).softmax(dim=1)
+            _check_finite(logits, scores)
+            expert_ids = _by_token(_best_tokens(scores.detach(), rows), tokens)
+            weights = scores.gather(1, expert_ids.clamp_min(0).long()).masked_fill(expert_ids < 0, 0.0)
+        return Routing(expert_ids=expert_ids, weights=weights, logits=logits, top_k=k, capacity=max(1, rows))
 
 
 def _best_tokens(scores: torch.Tensor, rows: int) -> torch.Tensor:
     """[E, C], each expert's best tokens, best first; of equal ones the earlier."""
-    if scores.device.type == "cpu" and rows:
+    if scores.device.type == "cpu":
         return ops.gate(scores.T, rows, normalize=False).expert_ids
     return scores.T.sort(dim=1, descending=True, stable=True).indices[:, :rows]
 
 
 def _by_token(chosen: torch.Tensor, tokens: int) -> torch.Tensor:
     """The tokens [E, C] of each expert -> the experts [T, K] of each token, ascending, then -1."""
-    counts, slots = _sorted_slots(chosen, tokens)
-    most = max(1, int(counts.max())) if tokens else 1
+    rows = chosen.shape[1]
+    if chosen.device.type == "cpu":
+        # As many experts as there are tokens, with a row for each of their slots of [E, C].
+        map = ops.route(chosen.reshape(1, -1), tokens, layout="padded")
+        return map.source.view(tokens, -1).div(rows, rounding_mode="floor")
+    token, slots = chosen.reshape(-1).sort(stable=True)
+    counts = expert_counts(token, tokens)
+    most = int(counts.max())
     expert_ids = torch.full((tokens, most), -1, dtype=torch.int32, device=chosen.device)
     taken = torch.arange(most, device=chosen.device) < counts.unsqueeze(1)
-    return expert_ids.masked_scatter_(taken, (slots // max(1, chosen.shape[1])).int())
-
-
-def _sorted_slots(chosen: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """How often each token [T] was chosen, and the slots of [E, C] in the order of tokens, then of experts."""
-    if chosen.device.type == "cpu" and tokens:
-        map = ops.route(chosen.reshape(1, -1), tokens)  # of as many experts as there are tokens
-        return map.counts, map.source
-    token, slots = chosen.reshape(-1).sort(stable=True)
-    return expert_counts(token, tokens), slots
+    return expert_ids.masked_scatter_(taken, (slots // rows).int())
 
 
 def _check_finite(logits: torch.Tensor, scores: torch.Tensor) -> None:
-    if logits.device.type == "cpu" and not bool(scores.isfinite().all()):
+    if logits.device.type == "cpu" and not math.isfinite(scores.detach().sum().item()):
         token = int(scores.isfinite().all(dim=1).int().argmin())
         raise InvalidValueError(
             f"logits[{token}] is {logits[token].tolist()}: NaN, +inf, or no finite entry among its {logits.shape[1]}"

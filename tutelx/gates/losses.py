@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tutelx.errors import InvalidValueError
-from tutelx.gates.statistics import expert_counts, expert_sums, over_ranks
+from tutelx.gates.statistics import batch_over_ranks, expert_counts, expert_sums, over_ranks
 
 
 def importance(
@@ -86,8 +86,8 @@ def switch_balance(expert_ids: torch.Tensor, score_sum: torch.Tensor, *, group: 
     """
     num_experts = score_sum.shape[0]
     first = expert_counts(expert_ids[:, 0], num_experts)
-    first, score_sum, tokens = over_ranks(group, first, _wide(score_sum), _count(expert_ids))
-    return num_experts * torch.dot(first.to(score_sum.dtype), score_sum) / tokens.clamp_min(1).square()
+    (first, score_sum), tokens = batch_over_ranks(group, expert_ids.shape[0], first, _wide(score_sum))
+    return torch.dot(first.to(score_sum.dtype), score_sum) * (num_experts / tokens**2)
 
 
 def router_z(logsumexp: torch.Tensor, *, group: Any = None) -> torch.Tensor:
@@ -96,8 +96,8 @@ def router_z(logsumexp: torch.Tensor, *, group: Any = None) -> torch.Tensor:
     Args:
         logsumexp: [T], of each token's router logits.
     """
-    total, tokens = over_ranks(group, _wide(logsumexp).square().sum(), _count(logsumexp))
-    return total / tokens.clamp_min(1)
+    (total,), tokens = batch_over_ranks(group, logsumexp.shape[0], _wide(logsumexp).square().sum())
+    return total / tokens
 
 
 def expert_balance(expert_ids: torch.Tensor, score_sum: torch.Tensor, *, group: Any = None) -> torch.Tensor:
@@ -108,8 +108,7 @@ def expert_balance(expert_ids: torch.Tensor, score_sum: torch.Tensor, *, group: 
     Args:
         expert_ids: [T, K]. score_sum: [E], the sum over tokens of the scores.
     """
-    f, P = _shares(expert_ids, score_sum, group)
-    return torch.dot(f, P)
+    return torch.dot(*_shares(expert_ids, score_sum, group))
 
 
 def device_balance(
@@ -120,9 +119,7 @@ def device_balance(
     Args:
         expert_ids: [T, K]. score_sum: [E]. num_devices: D; device d holds experts d*E/D .. (d+1)*E/D - 1.
     """
-    f, P = _shares(expert_ids, score_sum, group)
-    per_device = _per_device(score_sum.shape[0], num_devices)
-    return torch.dot(f.view(num_devices, per_device).mean(1), P.view(num_devices, per_device).sum(1))
+    return _device_balance(*_shares(expert_ids, score_sum, group), num_devices)
 
 
 def communication_balance(
@@ -136,16 +133,21 @@ def communication_balance(
         expert_ids: [T, K]. score_sum: [E]. num_devices: D, as in :func:`device_balance`.
         device_limit: M, the most devices a token may go to.
     """
-    num_experts = score_sum.shape[0]
-    per_device = _per_device(num_experts, num_devices)
-    devices = torch.div(expert_ids.long(), per_device, rounding_mode="floor").sort(dim=1).values
-    again = torch.zeros_like(devices, dtype=torch.bool)
-    again[:, 1:] = devices[:, 1:] == devices[:, :-1]
-    sent = expert_counts(devices.masked_fill(again, -1), num_devices)
-    sent, score_sum, tokens = over_ranks(group, sent, _wide(score_sum), _count(expert_ids))
-    f = sent.to(score_sum.dtype) * num_devices / (device_limit * tokens.clamp_min(1))
-    P = score_sum.view(num_devices, per_device).sum(1) / tokens.clamp_min(1)
-    return torch.dot(f, P)
+    sent = _tokens_sent(expert_ids, score_sum, num_devices)
+    (sent, score_sum), tokens = batch_over_ranks(group, expert_ids.shape[0], sent, _wide(score_sum))
+    return _communication_balance(sent, score_sum / tokens, tokens, device_limit)
+
+
+def device_limited_balances(
+    expert_ids: torch.Tensor, score_sum: torch.Tensor, num_devices: int, device_limit: int, *, group: Any = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`expert_balance`, :func:`device_balance` and :func:`communication_balance`, of one reduction."""
+    num_experts, (tokens_here, top_k) = score_sum.shape[0], expert_ids.shape
+    counts, sent = expert_counts(expert_ids, num_experts), _tokens_sent(expert_ids, score_sum, num_devices)
+    (counts, sent, score_sum), tokens = batch_over_ranks(group, tokens_here, counts, sent, _wide(score_sum))
+    P = score_sum / tokens
+    f = counts.to(P.dtype) * (num_experts / (top_k * tokens))
+    return torch.dot(f, P), _device_balance(f, P, num_devices), _communication_balance(sent, P, tokens, device_limit)
 
 
 def sequence_balance(
@@ -167,40 +169,55 @@ def sequence_balance(
     if sequences == 0:
         return scores.sum() * 0.0
     scores = _wide(scores)
-    # Sequence s counts its experts as s*E .. s*E + E - 1.
-    shift = torch.arange(tokens, device=expert_ids.device).div(length, rounding_mode="floor").unsqueeze(1) * num_experts
-    ids = torch.where(expert_ids >= 0, expert_ids + shift, -1)
+    ids = expert_ids
+    if sequences > 1:  # sequence s counts its experts as s*E .. s*E + E - 1
+        sequence = torch.arange(tokens, device=ids.device).div(length, rounding_mode="floor").unsqueeze(1)
+        ids = torch.where(ids >= 0, ids + sequence * num_experts, -1)
     counts = expert_counts(ids, sequences * num_experts).view(sequences, num_experts)
     P = (scores / scores.sum(dim=1, keepdim=True)).view(sequences, length, num_experts).mean(dim=1)
-    return (counts.to(P.dtype) * P).sum() * num_experts / (top_k * length * sequences)
+    return (counts * P).sum() * (num_experts / (top_k * length * sequences))
 
 
 def cv_squared(values: torch.Tensor, *, unbiased: bool = False) -> torch.Tensor:
-    """Variance over squared mean of [E]; 0 for one value or a mean of 0. The variance divides by E, or by E - 1."""
-    if values.shape[0] == 1:
-        return values.sum() * 0.0
-    mean = values.mean()
-    return values.var(correction=int(unbiased)) / torch.where(mean == 0, 1.0, mean.square())
+    """Variance over squared mean of [..., E], positive; 0 where E is 1 or all are 0. It divides by E, or by E - 1."""
+    if values.shape[-1] == 1:
+        return values.sum(dim=-1) * 0.0
+    tiny = torch.finfo(values.dtype).tiny
+    return values.var(dim=-1, correction=int(unbiased)) / values.mean(dim=-1).square().clamp_min(tiny)
 
 
 def _shares(expert_ids: torch.Tensor, score_sum: torch.Tensor, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """f [E] and P [E] of DeepSeekMoE."""
     top_k, num_experts = expert_ids.shape[1], score_sum.shape[0]
     counts = expert_counts(expert_ids, num_experts)
-    counts, score_sum, tokens = over_ranks(group, counts, _wide(score_sum), _count(expert_ids))
-    tokens = tokens.clamp_min(1)
-    return counts.to(score_sum.dtype) * num_experts / (top_k * tokens), score_sum / tokens
+    (counts, score_sum), tokens = batch_over_ranks(group, expert_ids.shape[0], counts, _wide(score_sum))
+    return counts.to(score_sum.dtype) * (num_experts / (top_k * tokens)), score_sum / tokens
+
+
+def _device_balance(f: torch.Tensor, P: torch.Tensor, num_devices: int) -> torch.Tensor:
+    per_device = _per_device(f.shape[0], num_devices)
+    return torch.dot(f.view(num_devices, per_device).mean(1), P.view(num_devices, per_device).sum(1))
+
+
+def _tokens_sent(expert_ids: torch.Tensor, score_sum: torch.Tensor, num_devices: int) -> torch.Tensor:
+    """[D], the tokens that have an expert on a device."""
+    per_device = _per_device(score_sum.shape[0], num_devices)
+    # One place in front for unused slots.
+    devices = torch.div(expert_ids, per_device, rounding_mode="floor").long() + 1
+    sent = score_sum.detach().new_zeros((expert_ids.shape[0], num_devices + 1))
+    return sent.scatter_(1, devices, 1.0).sum(dim=0)[1:]
+
+
+def _communication_balance(sent: torch.Tensor, P: torch.Tensor, tokens: Any, device_limit: int) -> torch.Tensor:
+    num_devices = sent.shape[0]
+    f = sent.to(P.dtype) * (num_devices / (device_limit * tokens))
+    return torch.dot(f, P.view(num_devices, -1).sum(1))
 
 
 def _per_device(num_experts: int, num_devices: int) -> int:
     if num_devices < 1 or num_experts % num_devices:
         raise InvalidValueError(f"num_experts={num_experts} is no multiple of num_devices={num_devices}")
     return num_experts // num_devices
-
-
-def _count(like: torch.Tensor) -> torch.Tensor:
-    """The tokens as a tensor, so that they can be summed over ranks."""
-    return torch.full((), float(like.shape[0]), device=like.device)
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:

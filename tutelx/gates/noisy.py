@@ -12,6 +12,7 @@ from tutelx import ops
 from tutelx.draws import check_generator, draws_from
 from tutelx.gates import losses
 from tutelx.gates.base import LinearGate, check_at_most, check_coefficients, check_ints, linear, top_score, wide
+from tutelx.gates.statistics import expert_sums, over_ranks
 from tutelx.types import Capacity, Routing
 
 
@@ -78,13 +79,17 @@ class NoisyTopKGate(LinearGate):
             std = F.softplus(linear(x, self.noise_weight, fp32=False).to(clean.dtype))
             noisy = clean + self.draws.normal(clean.shape, clean) * std
         gated = ops.gate(noisy, k)
-        aux = {}
+        aux: dict[str, torch.Tensor] = {}
         if self.training and torch.is_grad_enabled():
+            sums = {}
             if config.importance_coef:
-                value = losses.importance(gated.expert_ids, gated.weights, clean.shape[1], group=config.group)
-                aux["importance"] = config.importance_coef * value
+                sums["importance"] = expert_sums(gated.expert_ids, gated.weights, clean.shape[1])
             if config.load_coef:
-                aux["load"] = config.load_coef * losses.load(clean, noisy, std, k, group=config.group)
+                sums["load"] = losses.smooth_load(clean, noisy, std, k)
+            if sums:
+                values = losses.cv_squared(torch.stack(over_ranks(config.group, *sums.values()))).unbind()
+                coefs = {"importance": config.importance_coef, "load": config.load_coef}
+                aux = {name: coefs[name] * value for name, value in zip(sums, values)}
         return Routing(
             expert_ids=gated.expert_ids,
             weights=gated.weights,

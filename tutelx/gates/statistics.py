@@ -7,11 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tutelx import ops
 from tutelx.errors import InvalidTypeError
 
 
 def expert_counts(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     """[E] int64, how often each expert occurs in ids of any shape; -1 is nobody's."""
+    if expert_ids.device.type == "cpu" and num_experts:
+        return ops.route(expert_ids.reshape(1, -1), num_experts).counts.long()
     slots = expert_ids.reshape(-1).long() + 1
     # Not bincount, which waits for the device; one place in front for the unused.
     return slots.new_zeros(num_experts + 1).scatter_add_(0, slots, torch.ones_like(slots))[1:]
@@ -39,6 +42,16 @@ def over_ranks(group: Any, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
     packed = torch.cat([part.reshape(-1).to(wide) for part in parts])
     summed = _Sum.apply(packed, group).split([part.numel() for part in parts])
     return tuple(total.reshape(part.shape) for total, part in zip(summed, parts))
+
+
+def batch_over_ranks(
+    group: Any, tokens: int, *parts: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], int | torch.Tensor]:
+    """:func:`over_ranks` of each tensor, and how many tokens all ranks have, at least 1."""
+    if group is None:
+        return parts, max(1, tokens)
+    *summed, count = over_ranks(group, *parts, torch.full((), float(tokens), device=parts[0].device))
+    return tuple(summed), count.clamp_min(1)
 
 
 class _Sum(torch.autograd.Function):

@@ -7,11 +7,20 @@ from collections.abc import Callable
 import torch
 
 
-def gate(logits, top_k, *, score="softmax", normalize=True):
+def gate(logits, top_k, *, score="softmax", normalize=True, bias=None, num_groups=1, kept_groups=1, best_of_group=1):
     """-> expert_ids [T, K] int32, weights [T, K], score_sum [E], logsumexp [T]."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     scores = torch.softmax(logits, dim=1) if score == "softmax" else torch.sigmoid(logits)
-    ids = torch.stack([torch.sort(row, descending=True, stable=True).indices[:top_k] for row in logits.detach()])
+    values = (logits if bias is None else scores + bias).detach()
+    size = logits.shape[1] // num_groups
+    chosen = []
+    for row in values.tolist():
+        groups = [range(g * size, (g + 1) * size) for g in range(num_groups)]
+        goodness = [sum(sorted((row[e] for e in group), reverse=True)[:best_of_group]) for group in groups]
+        kept = sorted(range(num_groups), key=lambda g: (-goodness[g], g))[:kept_groups]
+        candidates = [e for g in kept for e in groups[g]]
+        chosen.append(sorted(candidates, key=lambda e: (-row[e], e))[:top_k])
+    ids = torch.tensor(chosen, device=logits.device).reshape(len(values), top_k)
     weights = scores.gather(1, ids)
     if normalize:
         weights = weights / weights.sum(dim=1, keepdim=True)
