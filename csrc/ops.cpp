@@ -80,6 +80,8 @@ TORCH_LIBRARY(tutelx, m) {
       "expert_linear_backward(Tensor grad_out, Tensor rows, Tensor counts, Tensor offsets, Tensor[] weight, "
       "Tensor[] bias, int tile_rows, int tile_columns, bool need_rows, bool need_weights) "
       "-> (Tensor grad_rows, Tensor[] weight, Tensor[] bias)");
+  // Whether the library's own products of a dtype are slower on this CPU than those of float32 with the copies.
+  m.def("widens(ScalarType dtype) -> bool");
   // Memory that freed results left behind on the CPU, for the next ones (csrc/cpu/buffers.cpp).
   m.def("set_buffer_limit(int bytes) -> ()");
   m.def("release_buffers() -> ()");

@@ -1,5 +1,7 @@
 """linear for few tokens, and with it the products with few rows, against float64."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -50,6 +52,24 @@ def test_with_gradients_it_is_that_of_torch():
     y.sum().backward()
     assert_close(x.grad, weight.sum(0).expand(3, 5))
     assert_close(weight.grad, x.sum(0).expand(4, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_without_products_of_16_bits(dtype, monkeypatch):
+    monkeypatch.setattr(sys.modules["tutelx.ops.linear"], "_WIDENED", {dtype})
+    x, weight = tensor(70, 40, dtype=dtype, grad=True), tensor(6, 40, dtype=dtype, seed=1, grad=True)
+    grad = tensor(70, 6, dtype=dtype, seed=2)
+    y = ops.linear(x, weight, alike=True)
+    assert y.dtype == dtype
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        assert torch.equal(ops.linear(x, weight, alike=True), y)
+    x64, weight64 = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact = F.linear(x64, weight64)
+    assert_close(y, exact)
+    given = torch.autograd.grad(y, (x, weight), grad)
+    for one, other in zip(given, torch.autograd.grad(exact, (x64, weight64), grad.double())):
+        assert one.dtype == dtype
+        assert_close(one, other)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from tutelx import ops
 from tutelx.errors import InvalidTypeError, InvalidValueError
@@ -59,14 +58,13 @@ class LinearGate(nn.Linear):
 def linear(x: torch.Tensor, weight: torch.Tensor, *, fp32: bool, training: bool = True) -> torch.Tensor:
     """x @ weight.T; with `fp32` in float32 (float64 for float64 input), under autocast too.
 
-    In training always torch's own product: a checkpointed call must choose alike with and without a graph.
+    In training alike with and without a graph: a checkpointed call must choose the same.
     """
-    product = F.linear if training else ops.linear
     if not fp32:
-        return product(x, weight)
+        return ops.linear(x, weight, alike=training)
     with torch.autocast(x.device.type, enabled=False):
         dtype = wide(x.dtype)
-        return product(x.to(dtype), weight.to(dtype))
+        return ops.linear(x.to(dtype), weight.to(dtype), alike=training)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
