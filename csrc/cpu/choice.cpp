@@ -56,20 +56,15 @@ Chooser<W>::Chooser(const ChoiceRule& rule, int64_t num_experts)
 
 template <class W>
 void Chooser<W>::choose(const W* logit, const W* score, W factor, int64_t K, int32_t* ids) {
-  const W* const value = values(logit, score, factor);
+  if (bias_.defined()) add_bias_simd(score, factor, bias_.const_data_ptr<W>(), value_.data(), E_);
+  if (kept_ == groups_) return choose_best(value_.data(), largest(value_.data(), padded(E_)), E_, K, ids, scratch_);
+  const W* const value = bias_.defined() ? value_.data() : logit;
   keep_groups(value);
   W* at = candidate_.data();
   for (const int32_t g : group_) at = std::copy_n(value + g * size_, size_, at);
   std::fill(at, candidate_.data() + candidate_.size(), -std::numeric_limits<W>::infinity());
   choose_best(candidate_.data(), largest(candidate_.data(), candidate_.size()), kept_ * size_, K, ids, scratch_);
   for (int64_t k = 0; k < K; ++k) ids[k] = static_cast<int32_t>(group_[ids[k] / size_] * size_ + ids[k] % size_);
-}
-
-template <class W>
-const W* Chooser<W>::values(const W* logit, const W* score, W factor) {
-  if (!bias_.defined()) return logit;
-  add_bias_simd(score, factor, bias_.const_data_ptr<W>(), value_.data(), E_);
-  return value_.data();
 }
 
 template <class W>

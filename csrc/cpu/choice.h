@@ -32,7 +32,6 @@ class Chooser {
   void choose(const W* logit, const W* score, W factor, int64_t K, int32_t* ids);
 
  private:
-  const W* values(const W* logit, const W* score, W factor);
   void keep_groups(const W* value);
 
   const int64_t E_, groups_, kept_, size_;
