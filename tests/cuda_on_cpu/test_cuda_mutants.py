@@ -310,7 +310,8 @@ def under_several_orders(check, mutation=None):
 
 RUN_MUTANT = """
 import sys
-from test_cuda_mutants import MUTANTS, EmulationError, under_several_orders
+from cuda_emulator import EmulationError
+from test_cuda_mutants import MUTANTS, under_several_orders
 mutant = MUTANTS[int(sys.argv[1])]
 try:
     under_several_orders(mutant.check, mutant.mutation)

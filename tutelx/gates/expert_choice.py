@@ -56,12 +56,13 @@ class ExpertChoiceGate(LinearGate):
         capacity: Capacity | None = None,
         prioritized: bool = False,
     ) -> Routing:
-        """x [T, M] -> Routing of as many choices as the most wanted token has, in the order of experts.
+        """x [T, M] -> Routing of as many choices as the most wanted token has, in the order of experts; of all experts,
+        best first, where each takes all tokens.
 
         Waits for the device: how many experts a token gets is known afterwards only.
 
         Raises:
-            InvalidValueError: top_k outside [1, E], or logits that are not finite.
+            InvalidValueError: top_k outside [1, E]. ValueError: on CPU, logits that are NaN or +inf, or none finite.
         """
         logits = self.logits(x)
         tokens, num_experts = logits.shape
