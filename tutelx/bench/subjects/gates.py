@@ -92,9 +92,10 @@ def _maker(config: Make) -> Callable[[Shape, torch.dtype], GateInputs]:
                 gate.group_weight.copy_(torch.eye(shape.E)[:: shape.E // gate.config.num_groups])
             if isinstance(gate, gates.BiasBalancedGate):
                 gate.bias_correction.copy_(cases.tensor(shape.E, seed=3) / 8)
-        # Distinct numbers, exact in low precision: no ties, which every form may break as it likes.
+        # Distinct numbers, exact in low precision: no ties, which every form may break as it likes. Below 0, where
+        # sigmoids differ: the gradients of nearly equal weights are small differences.
         order = cases.tensor(shape.T, shape.E, seed=4).argsort(dim=1)
-        x_TE = ((order - shape.E // 2) / 16).to(dtype).requires_grad_()
+        x_TE = ((order - shape.E) / 16).to(dtype).requires_grad_()
         limit = CAPACITY.limit(tokens=shape.T, top_k=shape.K, num_experts=shape.E)
         assert limit is not None
         return GateInputs(gate=gate, x_TE=x_TE, top_k=shape.K, rows=limit)
