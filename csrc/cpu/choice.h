@@ -21,7 +21,7 @@ struct ChoiceRule {
   void check(int64_t num_experts, int64_t k) const;
 };
 
-// Chooses for one token after the other. W: what scores are in.
+// Chooses for one token after the other, by a rule that is not plain. W: what scores are in.
 template <class W>
 class Chooser {
  public:

@@ -58,6 +58,7 @@ TUTELX_TOKEN(double)
 TUTELX_TOKEN(c10::BFloat16)
 TUTELX_TOKEN(c10::Half)
 #undef TUTELX_TOKEN
+
 template <class W>
 void check_row(const W* logit, W logsumexp, int64_t token, int64_t E) {
   if (std::isfinite(logsumexp)) return;

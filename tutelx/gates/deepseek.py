@@ -75,9 +75,7 @@ class GroupLimitedGate(LinearGate):
         k = config.k if top_k is None else top_k
         check_experts(self.out_features, config.num_groups, config.kept_groups, k)
         logits = self.logits(x)
-        gated = ops.gate(
-            logits, k, normalize=False, num_groups=config.num_groups, kept_groups=config.kept_groups, best_of_group=1
-        )
+        gated = ops.gate(logits, k, normalize=False, num_groups=config.num_groups, kept_groups=config.kept_groups)
         return Routing(
             expert_ids=gated.expert_ids,
             weights=gated.weights * config.scale,

@@ -56,28 +56,28 @@ class ExpertChoiceGate(LinearGate):
         capacity: Capacity | None = None,
         prioritized: bool = False,
     ) -> Routing:
-        """x [T, M] -> Routing of as many choices as the most wanted token has, in the order of experts; of all experts,
-        best first, where each takes all tokens.
+        """x [T, M] -> Routing of as many choices as the most wanted token has, in the order of experts.
 
         Waits for the device: how many experts a token gets is known afterwards only.
 
         Raises:
-            InvalidValueError: top_k outside [1, E]. ValueError: on CPU, logits that are NaN or +inf, or none finite.
+            InvalidValueError: top_k outside [1, E], or logits that are not finite.
         """
         logits = self.logits(x)
         tokens, num_experts = logits.shape
         k = self.config.k if top_k is None else top_k
         check_ints(top_k=k)
         check_at_most("top_k", k, num_experts)
+        scores = logits.to(wide(logits.dtype)).softmax(dim=1)
+        _check_finite(logits, scores)
         rows = row_limit(capacity, tokens=tokens, top_k=k, num_experts=num_experts)
         if rows is None:
             rows = max(1, math.ceil(k * tokens / num_experts))
         rows = min(rows, tokens)
         if rows == tokens:  # every expert takes every token
-            expert_ids, weights, *_ = ops.gate(logits, num_experts, normalize=False)
+            expert_ids = torch.arange(num_experts, dtype=torch.int32, device=logits.device).expand(tokens, -1)
+            weights = scores
         else:
-            scores = logits.to(wide(logits.dtype)).softmax(dim=1)
-            _check_finite(logits, scores)
             expert_ids = _by_token(_best_tokens(scores.detach(), rows), tokens)
             weights = scores.gather(1, expert_ids.clamp_min(0).long()).masked_fill(expert_ids < 0, 0.0)
         return Routing(expert_ids=expert_ids, weights=weights, logits=logits, top_k=k, capacity=max(1, rows))

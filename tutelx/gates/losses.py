@@ -108,7 +108,7 @@ def expert_balance(expert_ids: torch.Tensor, score_sum: torch.Tensor, *, group: 
     Args:
         expert_ids: [T, K]. score_sum: [E], the sum over tokens of the scores.
     """
-    return torch.dot(*_shares(expert_ids, score_sum, group))
+    return torch.dot(*_shares_of_batch(expert_ids, score_sum, group))
 
 
 def device_balance(
@@ -119,7 +119,7 @@ def device_balance(
     Args:
         expert_ids: [T, K]. score_sum: [E]. num_devices: D; device d holds experts d*E/D .. (d+1)*E/D - 1.
     """
-    return _device_balance(*_shares(expert_ids, score_sum, group), num_devices)
+    return _device_balance(*_shares_of_batch(expert_ids, score_sum, group), num_devices)
 
 
 def communication_balance(
@@ -142,11 +142,11 @@ def device_limited_balances(
     expert_ids: torch.Tensor, score_sum: torch.Tensor, num_devices: int, device_limit: int, *, group: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`expert_balance`, :func:`device_balance` and :func:`communication_balance`, of one reduction."""
-    num_experts, (tokens_here, top_k) = score_sum.shape[0], expert_ids.shape
-    counts, sent = expert_counts(expert_ids, num_experts), _tokens_sent(expert_ids, score_sum, num_devices)
+    tokens_here, top_k = expert_ids.shape
+    counts = expert_counts(expert_ids, score_sum.shape[0])
+    sent = _tokens_sent(expert_ids, score_sum, num_devices)
     (counts, sent, score_sum), tokens = batch_over_ranks(group, tokens_here, counts, sent, _wide(score_sum))
-    P = score_sum / tokens
-    f = counts.to(P.dtype) * (num_experts / (top_k * tokens))
+    f, P = _shares(counts, score_sum, top_k, tokens)
     return torch.dot(f, P), _device_balance(f, P, num_devices), _communication_balance(sent, P, tokens, device_limit)
 
 
@@ -186,12 +186,20 @@ def cv_squared(values: torch.Tensor, *, unbiased: bool = False) -> torch.Tensor:
     return values.var(dim=-1, correction=int(unbiased)) / values.mean(dim=-1).square().clamp_min(tiny)
 
 
-def _shares(expert_ids: torch.Tensor, score_sum: torch.Tensor, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """f [E] and P [E] of DeepSeekMoE."""
-    top_k, num_experts = expert_ids.shape[1], score_sum.shape[0]
-    counts = expert_counts(expert_ids, num_experts)
-    (counts, score_sum), tokens = batch_over_ranks(group, expert_ids.shape[0], counts, _wide(score_sum))
-    return counts.to(score_sum.dtype) * (num_experts / (top_k * tokens)), score_sum / tokens
+def _shares(
+    counts: torch.Tensor, score_sum: torch.Tensor, top_k: int, tokens: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """f [E] and P [E] of DeepSeekMoE. tokens: T of all ranks, a number or a tensor."""
+    return counts.to(score_sum.dtype) * (counts.shape[0] / (top_k * tokens)), score_sum / tokens
+
+
+def _shares_of_batch(
+    expert_ids: torch.Tensor, score_sum: torch.Tensor, group: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens_here, top_k = expert_ids.shape
+    counts = expert_counts(expert_ids, score_sum.shape[0])
+    (counts, score_sum), tokens = batch_over_ranks(group, tokens_here, counts, _wide(score_sum))
+    return _shares(counts, score_sum, top_k, tokens)
 
 
 def _device_balance(f: torch.Tensor, P: torch.Tensor, num_devices: int) -> torch.Tensor:
